@@ -1,0 +1,64 @@
+"""attending: see, repair, replace and speed up attention, from one small core.
+
+The names below are all there is to know to begin with; `help()` on each is its manual. They are
+imported when first used, so that `import attending` costs what torch costs and no more.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attending import core as core
+    from attending import probes as probes
+    from attending import zoo as zoo
+    from attending.core import bias as bias
+    from attending.core import statistics as statistics
+    from attending.core.state import AttentionState as AttentionState
+    from attending.core.state import attention_state as attention_state
+    from attending.core.state import biased_attention_state as biased_attention_state
+    from attending.core.state import merge as merge
+    from attending.core.state import reweigh as reweigh
+    from attending.diagnose import Diagnosis as Diagnosis
+    from attending.diagnose import Thresholds as Thresholds
+    from attending.diagnose import diagnose as diagnose
+    from attending.tap import AttentionCall as AttentionCall
+    from attending.tap import TapError as TapError
+    from attending.tap import tap as tap
+
+__version__ = "0.1.0"
+
+# name: (module, attribute in it, or None for the module itself)
+_PUBLIC = {
+    "core": ("attending.core", None),
+    "bias": ("attending.core.bias", None),
+    "probes": ("attending.probes", None),
+    "zoo": ("attending.zoo", None),
+    "statistics": ("attending.core.statistics", None),
+    "AttentionState": ("attending.core.state", "AttentionState"),
+    "attention_state": ("attending.core.state", "attention_state"),
+    "biased_attention_state": ("attending.core.state", "biased_attention_state"),
+    "merge": ("attending.core.state", "merge"),
+    "reweigh": ("attending.core.state", "reweigh"),
+    "tap": ("attending.tap", "tap"),
+    "AttentionCall": ("attending.tap", "AttentionCall"),
+    "TapError": ("attending.tap", "TapError"),
+    "diagnose": ("attending.diagnose", "diagnose"),
+    "Diagnosis": ("attending.diagnose", "Diagnosis"),
+    "Thresholds": ("attending.diagnose", "Thresholds"),
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'attending' has no attribute {name!r}; see help(attending)")
+    module_name, attribute = _PUBLIC[name]
+    module = import_module(module_name)
+    found = module if attribute is None else getattr(module, attribute)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The algebra: what softmax attention is, and what can be known of it. Knows torch and nothing else."""

@@ -1,0 +1,59 @@
+"""Exact statistics of attention maps that are never built.
+
+Rows (where a query looks): `entropy`, `normalized_entropy`, `renyi_entropy`,
+`participation_ratio`, `second_moment`, `max_probability`, `varentropy`, `expected_features`,
+`class_mass`, `key_set_mass`, `mean_distance`; several at once from one pass: `row_summary`.
+
+Columns (what a key receives) and the whole map: `column_mass`, `column_importance`, `pooled_map`;
+several at once from one pass: `column_summary`.
+
+Hidden states and heads: `effective_rank`, `token_similarity`, `head_similarity`.
+"""
+
+from attending.core.statistics.columns import (
+    ColumnSummary,
+    column_importance,
+    column_mass,
+    column_summary,
+    pooled_map,
+)
+from attending.core.statistics.hidden import effective_rank, head_similarity, token_similarity
+from attending.core.statistics.rows import (
+    RowSummary,
+    class_mass,
+    entropy,
+    expected_features,
+    key_set_mass,
+    max_probability,
+    mean_distance,
+    normalized_entropy,
+    participation_ratio,
+    renyi_entropy,
+    row_summary,
+    second_moment,
+    varentropy,
+)
+
+__all__ = [
+    "ColumnSummary",
+    "RowSummary",
+    "class_mass",
+    "column_importance",
+    "column_mass",
+    "column_summary",
+    "effective_rank",
+    "entropy",
+    "expected_features",
+    "head_similarity",
+    "key_set_mass",
+    "max_probability",
+    "mean_distance",
+    "normalized_entropy",
+    "participation_ratio",
+    "pooled_map",
+    "renyi_entropy",
+    "row_summary",
+    "second_moment",
+    "token_similarity",
+    "varentropy",
+]
