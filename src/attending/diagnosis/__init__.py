@@ -1,0 +1,1 @@
+"""How a diagnosis is made: inputs in, statistics collected, findings drawn from them."""

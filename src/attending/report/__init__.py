@@ -1,0 +1,1 @@
+"""How a diagnosis is shown: terminal tables, one self-contained HTML page, a notebook repr."""

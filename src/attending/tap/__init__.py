@@ -1,0 +1,22 @@
+"""Every `scaled_dot_product_attention` call of a model, as data or through a handler.
+
+`scaled_dot_product_attention` is the one function in which the attention of transformers,
+diffusers, timm and plain PyTorch models ends. `tap(model)` watches it, and knows for every call
+which module of the model made it. Nothing is registered, subclassed or patched for any model.
+
+    with tap(model) as calls:                 # record
+        model(**inputs)
+    calls[0].name, calls[0].query.shape       # 'model.layers.0.self_attn', [1, 32, 128, 64]
+
+    def without_first_key(call, proceed):     # or change: a handler stands in for the function
+        return proceed(dataclasses.replace(call, key=call.key[:, :, 1:], value=call.value[:, :, 1:]))
+
+    with tap(model, without_first_key):
+        model.generate(**inputs)
+"""
+
+from attending.tap.call import AttentionCall, Handler, Proceed
+from attending.tap.refusal import TapError, TapWarning
+from attending.tap.session import Tap, tap
+
+__all__ = ["tap", "Tap", "AttentionCall", "Handler", "Proceed", "TapError", "TapWarning"]

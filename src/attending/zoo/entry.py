@@ -1,0 +1,123 @@
+"""What the zoo knows of a model before loading it, and what loading it gives."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model ready to run, what turns text into its input, and what is known about it.
+
+    Attributes:
+        model: A class of the model's own library (transformers), in evaluation mode, its attention
+            going through ``scaled_dot_product_attention``.
+        tokenizer: Text to token ids and back.
+        card: Where the model is from, its licence and, for models trained by our recipes, data,
+            figures and limits as the recipe measured them.
+        name: The name it has in the zoo.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    card: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class ZooRecord:
+    """One line of the zoo's list.
+
+    Attributes:
+        name: What to give to ``zoo.load``.
+        model_class: The class that ``zoo.load`` returns, with its package.
+        parameters: How many numbers were trained; ``None`` if the weights are not installed.
+        description: What it is, in one line.
+        source: Where the weights are from.
+        license: Under what terms.
+        trainable: Whether ``zoo.train`` can make it anew.
+    """
+
+    name: str
+    model_class: str
+    parameters: int | None
+    description: str
+    source: str
+    license: str
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made.
+
+    Attributes:
+        train: ``(out_dir, settings, resume, export_to)`` to what was measured during training.
+        export: ``(out_dir, folder)``, the finished run and where to ship it, to the data card.
+    """
+
+    train: Callable[[Path, Mapping[str, Any], bool, Path | None], dict[str, Any]]
+    export: Callable[[Path, Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A model of the zoo; the modules named after the models hold one each.
+
+    Attributes:
+        name: See :class:`ZooRecord`, as for the next four.
+        model_class: Full name of the class.
+        description: One line.
+        source: Of the weights.
+        license: Of the weights.
+        folder: Finds the weights on this machine; ``ImportError`` if they are not installed.
+        load: ``(device, dtype)`` to the loaded model.
+        recipe: How to make it anew, for models we train ourselves.
+    """
+
+    name: str
+    model_class: str
+    description: str
+    source: str
+    license: str
+    folder: Callable[[], Path]
+    load: Callable[[torch.device | str | None, torch.dtype], ZooModel]
+    recipe: Recipe | None = None
+
+    def record(self) -> ZooRecord:
+        """The line for the zoo's list; reads no weights."""
+        try:
+            parameters = count_parameters(self.folder() / "model.safetensors")
+        except ImportError:
+            parameters = None
+        return ZooRecord(
+            name=self.name,
+            model_class=self.model_class,
+            parameters=parameters,
+            description=self.description,
+            source=self.source,
+            license=self.license,
+            trainable=self.recipe is not None,
+        )
+
+
+def count_parameters(path: Path) -> int:
+    """Sum the sizes of the float tensors in a safetensors file, from its header alone.
+
+    The header is JSON after eight bytes that hold its length, so nothing else is read.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(
+        math.prod(tensor["shape"])
+        for name, tensor in header.items()
+        if name != "__metadata__" and tensor["dtype"].startswith(("F", "BF"))
+    )
