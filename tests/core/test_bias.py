@@ -114,9 +114,12 @@ def test_half_precision_is_widened() -> None:
     query = torch.randn(1, 1, 5, 8, dtype=torch.bfloat16)
     pair = bias.add_key_bias(query, query, torch.full((1, 1, 5), 7.3456))
     assert pair.query.dtype == torch.float32
-    assert at.biased_attention_state(
-        query, query, query, key_bias=torch.zeros(1, 1, 5), is_causal=True
-    ).output.dtype == torch.bfloat16
+    assert (
+        at.biased_attention_state(
+            query, query, query, key_bias=torch.zeros(1, 1, 5), is_causal=True
+        ).output.dtype
+        == torch.bfloat16
+    )
 
 
 def test_bad_biases() -> None:

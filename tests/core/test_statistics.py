@@ -53,6 +53,9 @@ def test_renyi_entropy(problem: Problem, order: float) -> None:
     expected = reference.renyi_entropy(dense_map(problem), order)
     actual = statistics.renyi_entropy(problem.query, problem.key, order, **problem.call)
     assert_near(actual, expected, problem.query.dtype)
+    lse = at.attention_state(problem.query, problem.key, problem.key, **problem.call).lse
+    known = statistics.renyi_entropy(problem.query, problem.key, order, **problem.call, lse=lse)
+    assert_near(known, expected, problem.query.dtype)
 
 
 @given(problem=problems(spreads=(0.01, 1.0, 8.0)), offset=st.sampled_from((None, 0, 3, -2)))
@@ -153,6 +156,24 @@ def test_one_exchanged_pass_knows_the_entropy_of_a_head(problem: Problem, weight
         assert_near(summary.pooled, reference.pooled_map(dense, 4), dtype)
 
 
+@given(problem=problems(spreads=(0.01, 1.0, 8.0)), size=st.sampled_from((None, 1, 5)))
+def test_the_exchanged_pass_without_entropy_takes_any_mask(
+    problem: Problem, size: int | None
+) -> None:
+    dense, dtype = dense_map(problem), problem.query.dtype
+    lse = at.attention_state(problem.query, problem.key, problem.key, **problem.call).lse
+    summary = statistics.column_summary(
+        problem.query, problem.key, lse, None, size, **problem.call, with_entropy=False
+    )
+    mass = reference.column_mass(dense)
+    assert_near(summary.mass, mass, dtype, scale=problem.query.shape[2])
+    assert summary.entropy is None
+    if size is None:
+        assert summary.pooled is None
+    else:
+        assert_near(summary.pooled, reference.pooled_map(dense, size), dtype)
+
+
 DIFFERENTIABLE = {
     "entropy": lambda q, k, p: statistics.entropy(q, k, **p.call),
     "normalized_entropy": lambda q, k, p: statistics.normalized_entropy(q, k, **p.call),
@@ -235,7 +256,9 @@ def test_entropy_survives_a_large_common_key() -> None:
 @pytest.mark.parametrize("case", ["stats_case1", "stats_case2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden(case: str, dtype: torch.dtype) -> None:
-    golden = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / f"{case}.npz").items()}
+    golden = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / f"{case}.npz").items()
+    }
     query, key = golden["q"].to(dtype), golden["k"].to(dtype)
     call = {"attn_mask": golden["mask"], "scale": float(golden["scale"])}
     tight = {"rtol": 0, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0, "atol": 1e-5}
@@ -357,9 +380,7 @@ def test_compiled_statistics_are_the_same() -> None:
 
     def all_three(query, key):
         summary = statistics.row_summary(query, key, is_causal=True, enable_gqa=True)
-        mass = statistics.column_mass(
-            query, key, is_causal=True, enable_gqa=True, lse=summary.lse
-        )
+        mass = statistics.column_mass(query, key, is_causal=True, enable_gqa=True, lse=summary.lse)
         return summary.entropy, mass, statistics.pooled_map(query, key, 4, enable_gqa=True)
 
     compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")

@@ -1,1 +1,1 @@
-"""The algebra: what softmax attention is, and what can be known of it. Knows torch and nothing else."""
+"""The algebra: what softmax attention is, and what can be known of it. Knows only torch."""

@@ -124,11 +124,11 @@ def alibi_slopes(num_heads: int) -> Float[Tensor, " heads"]:
 def alibi_factors(
     slopes: Float[Tensor, " heads"], query_length: int, key_length: int
 ) -> tuple[Float[Tensor, "1 heads queries 2"], Float[Tensor, "1 1 keys 2"]]:
-    """`(left, right)` with `left[h, i] . right[j] = slope[h] * (j - (i + key_length - query_length))`.
+    """`(left, right)` with `left[h, i] . right[j] = slope[h] * (j - i - offset)`.
 
-    That is ALiBi for causal attention, where j never exceeds the query's position; the queries are
-    the last ones of the keys, as in decoding with a cache. Pass the pair to `add_low_rank_bias`
-    (for GQA repeat the keys first: the slope belongs to the query head).
+    The offset is `key_length - query_length`: the queries are the last ones of the keys, as in
+    decoding with a cache. That is ALiBi for causal attention, where no j is beyond the query. Pass
+    the pair to `add_low_rank_bias` (for GQA repeat the keys first: slopes are of query heads).
     """
     position = torch.arange(query_length) + key_length - query_length
     left = torch.stack([torch.ones(query_length), -position.float()], -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Arguments(NamedTuple):
-    """Arguments that have passed: a float bias in place of the mask, and a scale that is a number."""
+    """Arguments that have passed: a float bias in place of the mask, a scale that is a number."""
 
     bias: Tensor | None  # broadcasts to [batch, heads, queries, keys]; hidden keys hold -inf
     bias_is_mask: bool  # the bias came from a boolean mask: it holds only 0 and -inf

@@ -1,4 +1,4 @@
-"""Where a state is computed: PyTorch's own fused kernels, and a chunked one where they do not reach.
+"""Where a state is computed: PyTorch's own fused kernels, a chunked one where they do not reach.
 
 Every function here takes `(query, key, value, bias, is_causal, scale)` with equal head counts or
 GQA groups and returns `(output, lse)`. What the kernels lack is added around them:
@@ -29,7 +29,7 @@ def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`(output, lse)` from the fastest kernel of the device that can do it exactly."""
-    batch, heads, queries, dim = query.shape
+    queries, dim = query.shape[2:]
     value_dim = value.shape[-1]
     if key.shape[2] == 0 or query.numel() == 0 or value_dim == 0:
         return _nothing(query, value)
@@ -83,7 +83,7 @@ class _FlashCPU(torch.autograd.Function):
     """The CPU flash kernel, with the gradient of lse. Handles GQA, and a bias under `is_causal`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -97,7 +97,7 @@ class _FlashCPU(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    def setup_context(  # type: ignore[override]
+    def setup_context(
         ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object
     ) -> None:
         query, key, value, bias, is_causal, scale = inputs
@@ -155,7 +155,7 @@ def _flash_cpu(
     if bias is not None:
         # The kernel rounds a float32 bias by itself; it only refuses one wider than the query.
         bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-    output, lse = _FlashCPU.apply(query, key, value, bias, is_causal, scale)
+    output, lse = _FlashCPU.apply(query, key, value, bias, is_causal, scale)  # type: ignore[no-untyped-call]
     return output, lse
 
 
@@ -163,7 +163,7 @@ class _EfficientCUDA(torch.autograd.Function):
     """The memory-efficient CUDA kernel: any float but float64, biases, causal to the top left."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -177,7 +177,7 @@ class _EfficientCUDA(torch.autograd.Function):
         return result  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(  # type: ignore[override]
+    def setup_context(
         ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object
     ) -> None:
         query, key, value, bias, is_causal, scale = inputs
@@ -221,7 +221,8 @@ def _cuda(
         keys = key.shape[2]
         padded = pad(bias.to(query.dtype).expand(*bias.shape[:3], keys), (0, -keys % 8))
         bias = padded[..., :keys].expand(*query.shape[:3], keys)
-    output, lse, _, _ = _EfficientCUDA.apply(query, key, value, bias, is_causal, scale)
+    result = _EfficientCUDA.apply(query, key, value, bias, is_causal, scale)  # type: ignore[no-untyped-call]
+    output, lse, _, _ = result
     return output, lse[..., : query.shape[2]]
 
 
@@ -252,7 +253,9 @@ def map_rows(
     keys = key.shape[2]
     step = max(1, CHUNK_BYTES // (4 * batch * heads * max(keys, 1)))
 
-    def block(start: int, query: Tensor, key: Tensor, bias: Tensor | None, **rest: Tensor):  # type: ignore[no-untyped-def]
+    def block(
+        start: int, query: Tensor, key: Tensor, bias: Tensor | None, rest: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         return function(_scores(start, query, key, bias, is_causal, scale), **rest)
 
     results = []
@@ -260,9 +263,9 @@ def map_rows(
         rows = query[:, :, start : start + step]
         part = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + step]
         if torch.is_grad_enabled():
-            results.append(checkpoint(block, start, rows, key, part, use_reentrant=False, **tensors))
+            results.append(checkpoint(block, start, rows, key, part, tensors, use_reentrant=False))
         else:
-            results.append(block(start, rows, key, part, **tensors))
+            results.append(block(start, rows, key, part, tensors))
     return results
 
 

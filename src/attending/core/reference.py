@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Map(NamedTuple):
-    """A dense attention map: scaled scores with their bias, which keys are visible, probabilities."""
+    """A dense attention map: scaled scores with their bias, the visible keys, probabilities."""
 
     scores: Float64[Tensor, "batch heads queries keys"]
     visible: Bool[Tensor, "batch heads queries keys"]
@@ -71,7 +71,9 @@ def attention_state(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Float64[Tensor, "batch heads queries value_dim"], Float64[Tensor, "batch heads queries"]]:
+) -> tuple[
+    Float64[Tensor, "batch heads queries value_dim"], Float64[Tensor, "batch heads queries"]
+]:
     """The output `sum_j p[i, j] value[j]` and the log normaliser `log sum_j exp s[i, j]`."""
     dense = attention_map(query, key, attn_mask, is_causal, scale, enable_gqa)
     value = value.double()
@@ -88,7 +90,8 @@ def merge(
     total = weights.sum(0)
     shares = weights / total.where(total > 0, torch.ones_like(total))
     output = sum(
-        share[..., None] * output.double() for share, (output, _) in zip(shares, states, strict=True)
+        share[..., None] * output.double()
+        for share, (output, _) in zip(shares, states, strict=True)
     )
     assert isinstance(output, Tensor)
     return output, total.log()
@@ -184,7 +187,7 @@ def column_importance(dense: Map) -> Float64[Tensor, "batch heads keys"]:
 
 
 def pooled_map(dense: Map, size: int) -> Float64[Tensor, "batch heads size size"]:
-    """The map in `size x size` buckets: mean over a bucket's queries of the mass on a bucket's keys.
+    """The map in `size x size` buckets: mean over a bucket's queries of its keys' mass.
 
     Token t of n belongs to bucket `floor(t * size / n)`. Rows that are empty are left out of the
     mean; a bucket with no row holds 0.
@@ -205,7 +208,7 @@ def pooled_map(dense: Map, size: int) -> Float64[Tensor, "batch heads size size"
 
 
 def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float64[Tensor, "*batch"]:
-    """`exp(-sum_k q_k log q_k)` with q the singular values over their sum (Roy and Vetterli 2007)."""
+    """`exp(-sum_k q_k log q_k)` with q the singular values over their sum (Roy, Vetterli 2007)."""
     singular = torch.linalg.svdvals(matrix.double())
     total = singular.sum(-1, keepdim=True)
     share = singular / total.where(total > 0, torch.ones_like(total))

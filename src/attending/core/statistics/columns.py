@@ -30,12 +30,13 @@ class ColumnSummary(NamedTuple):
 
     Attributes:
         mass: the attention that each key receives, `sum_i w[i] p[i, j]`.
-        entropy: `sum_i w[i] H[i]`, the weighted sum of the entropies of the rows.
+        entropy: `sum_i w[i] H[i]`, the weighted sum of the entropies of the rows; None if it was
+            not asked for.
         pooled: the map in `size x size` buckets, or None if no size was given.
     """
 
     mass: Columns
-    entropy: Float[Tensor, "batch heads"]
+    entropy: Float[Tensor, "batch heads"] | None
     pooled: Float[Tensor, "batch heads size size"] | None
 
 
@@ -126,6 +127,7 @@ def column_summary(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    with_entropy: bool = True,
 ) -> ColumnSummary:
     """Received attention, summed entropy and the pooled map of every head, from one pass.
 
@@ -138,37 +140,49 @@ def column_summary(
     Args:
         lse: that of `attention_state` on the same arguments.
         size: also return the map in this many buckets per side, as `pooled_map` does.
+        with_entropy: False where the entropies are known already; the pass is narrower then.
 
     Raises:
-        ValueError: for a float `attn_mask`; use `row_summary`, which has the rows' entropies.
+        ValueError: for a float `attn_mask` with entropy; `row_summary` has the rows' entropies.
     """
     call = prepare(query, key, attn_mask, is_causal, scale, enable_gqa)
-    if not call.bias_is_mask:
+    if with_entropy and not call.bias_is_mask:
         raise ValueError(
             "attn_mask: expected a boolean mask or None, got a float bias, whose mean is not in "
-            "this pass. Use row_summary for the entropy and column_mass for the rest."
+            "this pass. Use row_summary for the entropy, and with_entropy=False for the rest."
         )
     lse = check_lse(lse, call)
-    values = [call.query]
+    values = [call.query] if with_entropy or size is None else []
     if size is not None:
         rows = bucket_columns(query.shape[2], size).to(call.query)
         values.append(rows.expand(*query.shape[:3], size))
     log_weights = _log_weights(query_weights, call)
     received = _received(call, lse, log_weights, torch.cat(values, -1))
-    mass, dim = received.lse.exp(), query.shape[-1]
-    mean = call.key.mean(2, keepdim=True)
-    centred = (call.key - mean).repeat_interleave(call.groups, 1)
-    mean = mean.repeat_interleave(call.groups, 1)
+    mass = received.lse.exp()
     weight = (lse > -math.inf).to(lse) * (1.0 if log_weights is None else log_weights.exp())
-    centred_lse = (lse - (call.query * mean).sum(-1) * call.scale).masked_fill(weight == 0, 0.0)
-    score = call.scale * (mass * (centred * received.output[..., :dim]).sum(-1)).sum(-1)
-    total = ((weight * centred_lse).sum(-1) - score).clamp_min(0.0)
+    total = None
+    if with_entropy:
+        total = _summed_entropy(call, lse, weight, mass, received.output[..., : query.shape[-1]])
     pooled = None
     if size is not None:
         columns = bucket_columns(key.shape[2], size).to(call.key)
-        by_query_bucket = (mass[..., None] * received.output[..., dim:]).transpose(-1, -2) @ columns
+        by_query_bucket = (mass[..., None] * received.output[..., -size:]).transpose(
+            -1, -2
+        ) @ columns
         pooled = _bucket_means(by_query_bucket, rows, weight)
     return ColumnSummary(mass, total, pooled)
+
+
+def _summed_entropy(
+    call: Call, lse: Tensor, weight: Tensor, mass: Tensor, mean_query: Tensor
+) -> Tensor:
+    """The entropies of the rows, weighted and summed: keys are centred, as in `row_summary`."""
+    mean = call.key.mean(2, keepdim=True)
+    centred = (call.key - mean).repeat_interleave(call.groups, 1)
+    mean = mean.repeat_interleave(call.groups, 1)
+    centred_lse = (lse - (call.query * mean).sum(-1) * call.scale).masked_fill(weight == 0, 0.0)
+    score = call.scale * (mass * (centred * mean_query).sum(-1)).sum(-1)
+    return ((weight * centred_lse).sum(-1) - score).clamp_min(0.0)
 
 
 def visible_queries(call: Call) -> Tensor:

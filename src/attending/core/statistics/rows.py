@@ -134,12 +134,17 @@ def renyi_entropy(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    lse: Rows | None = None,
 ) -> Rows:
     """Renyi entropy `log(sum_j p^order) / (1 - order)` of each row, in nats.
 
     A ratio of two normalisers, `(LSE(order * s) - order * LSE(s)) / (1 - order)`: two passes.
     Order 0 is the log of the number of visible keys, 1 is Shannon's, infinity `-log max p`.
     Within about 1e-3 of order 1 the ratio loses digits; use order 1 there.
+
+    Args:
+        lse: that of `attention_state` on the same arguments, if you have it; saves one of the two
+            passes.
     """
     if not order >= 0:
         raise ValueError(f"order: expected a number of at least 0, got {order}.")
@@ -153,8 +158,12 @@ def renyi_entropy(
         top = max_probability(query, key, attn_mask, is_causal, scale, enable_gqa)
         return -top.where(top > 0, torch.ones_like(top)).log()
     # Centred keys keep the two normalisers small, so that their difference keeps its digits.
-    call = call._replace(key=call.key - call.key.mean(2, keepdim=True))
-    lse = call.lse()
+    mean = call.key.mean(2, keepdim=True)
+    if lse is not None:
+        shift = (call.query * mean.repeat_interleave(call.groups, 1)).sum(-1) * call.scale
+        lse = check_lse(lse, call) - shift
+    call = call._replace(key=call.key - mean)
+    lse = call.lse() if lse is None else lse
     bias = None if call.bias is None else call.bias * order
     sharpened = call._replace(scale=call.scale * order, bias=bias).lse()
     empty = lse == -math.inf
@@ -182,12 +191,14 @@ def participation_ratio(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    lse: Rows | None = None,
 ) -> Rows:
     """`1 / sum_j p^2`: how many keys the row looks at, in [1, visible keys]; 0 for an empty row.
 
-    The exponential of the Renyi entropy of order 2. Two passes.
+    The exponential of the Renyi entropy of order 2. Two passes, one if you have the `lse` of
+    `attention_state` on the same arguments.
     """
-    rows = renyi_entropy(query, key, 2.0, attn_mask, is_causal, scale, enable_gqa).exp()
+    rows = renyi_entropy(query, key, 2.0, attn_mask, is_causal, scale, enable_gqa, lse).exp()
     if attn_mask is None:
         return rows
     call = prepare(query, key, attn_mask, is_causal, scale, enable_gqa)
@@ -298,7 +309,9 @@ def key_set_mass(
         )
     parts = []
     for chosen in key_indices.long().split(128):
-        bias = None if call.bias is None else call.bias.expand(-1, -1, -1, key.shape[2])[..., chosen]
+        bias = (
+            None if call.bias is None else call.bias.expand(-1, -1, -1, key.shape[2])[..., chosen]
+        )
         if is_causal:
             row = torch.arange(query.shape[2], device=query.device)[:, None]
             hidden = chosen > row
@@ -367,7 +380,7 @@ def _key_features(features: Tensor, call: Call) -> Tensor:
 
 
 def _summary_in_blocks(call: Call, features: Tensor | None) -> RowSummary:
-    """With a float bias for every pair the mean score is no attention output: look at the scores."""
+    """With a float bias for every pair the mean score is no attention output: see the scores."""
     tensors = {} if features is None else {"features": features}
     blocks = map_rows(
         _row_entropy, call.query, call.key, call.bias, call.is_causal, call.scale, **tensors
