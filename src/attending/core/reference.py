@@ -168,6 +168,25 @@ def key_set_mass(
     return dense.probabilities[..., key_indices].sum(-1)
 
 
+def centred_logit_norm(dense: Map) -> Float64[Tensor, "batch heads queries"]:
+    """The norm of the row's scores over the visible keys, less their mean; 0 for an empty row."""
+    scores = dense.scores.masked_fill(~dense.visible, 0.0)
+    count = dense.visible.sum(-1, keepdim=True).clamp_min(1)
+    centred = (scores - scores.sum(-1, keepdim=True) / count).masked_fill(~dense.visible, 0.0)
+    return centred.norm(dim=-1)
+
+
+def entropy_lower_bound(num_keys: int, logit_norm: float) -> float:
+    """The entropy of the worst row of this centred norm: one high score, all others equal and low."""
+    if num_keys < 2:
+        return 0.0
+    row = torch.full((num_keys,), -1.0, dtype=torch.float64)
+    row[0] = num_keys - 1
+    row *= logit_norm / math.sqrt(num_keys * (num_keys - 1))
+    p = row.softmax(0)
+    return -float(torch.xlogy(p, p).sum())
+
+
 # Of each key, and of the map as a whole.
 
 

@@ -7,9 +7,16 @@ Rows (where a query looks): `entropy`, `normalized_entropy`, `renyi_entropy`,
 Columns (what a key receives) and the whole map: `column_mass`, `column_importance`, `pooled_map`;
 several at once from one pass: `column_summary`.
 
+Bounds: `entropy_lower_bound`, and what goes into it: `centred_logit_norm`, `global_logit_norm`.
+
 Hidden states and heads: `effective_rank`, `token_similarity`, `head_similarity`.
 """
 
+from attending.core.statistics.bounds import (
+    centred_logit_norm,
+    entropy_lower_bound,
+    global_logit_norm,
+)
 from attending.core.statistics.columns import (
     ColumnSummary,
     column_importance,
@@ -37,13 +44,16 @@ from attending.core.statistics.rows import (
 __all__ = [
     "ColumnSummary",
     "RowSummary",
+    "centred_logit_norm",
     "class_mass",
     "column_importance",
     "column_mass",
     "column_summary",
     "effective_rank",
     "entropy",
+    "entropy_lower_bound",
     "expected_features",
+    "global_logit_norm",
     "head_similarity",
     "key_set_mass",
     "max_probability",
