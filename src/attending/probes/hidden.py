@@ -52,10 +52,12 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
         for child, _ in module.named_children()
     }
     return {
-        name: module
-        for name, module in model.named_modules()
-        if name in names and any(_ATTENTION.search(type(part).__name__) for part in module.modules())
+        name: module for name, module in model.named_modules() if name in names and _attends(module)
     }
+
+
+def _attends(module: nn.Module) -> bool:
+    return any(_ATTENTION.search(type(part).__name__) for part in module.modules())
 
 
 def hidden_states(output: Any) -> Float[Tensor, "batch tokens dim"] | None:
