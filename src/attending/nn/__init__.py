@@ -1,0 +1,1 @@
+"""Attention layers and other modules to train with."""
