@@ -9,7 +9,8 @@ which module of the model made it. Nothing is registered, subclassed or patched 
     calls[0].name, calls[0].query.shape       # 'model.layers.0.self_attn', [1, 32, 128, 64]
 
     def without_first_key(call, proceed):     # or change: a handler stands in for the function
-        return proceed(dataclasses.replace(call, key=call.key[:, :, 1:], value=call.value[:, :, 1:]))
+        key, value = call.key[:, :, 1:], call.value[:, :, 1:]
+        return proceed(dataclasses.replace(call, key=key, value=value))
 
     with tap(model, without_first_key):
         model.generate(**inputs)

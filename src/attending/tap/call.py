@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -130,6 +131,7 @@ class Link(NamedTuple):
     handler: Handler
     site: Site
     older: Sequence[object] = ()  # the checkpointed regions that were open when the tap began
+    changes: bool = True  # False of a recording, which a second run can do without
 
 
 def bind(
@@ -172,7 +174,7 @@ def run(links: Sequence[Link], arguments: dict[str, Any]) -> Tensor:
             raise TypeError(f"proceed takes an AttentionCall, got {type(call).__name__}")
         if position == len(links):
             return attend(call)
-        handler, site, _ = links[position]
+        handler, site = links[position][:2]
         if position and site != links[position - 1].site:  # the tap of another model, or a part
             call = replace(call, **vars(site))
         output = handler(call, lambda changed: step(position + 1, changed))
@@ -192,12 +194,21 @@ def _check_output(output: object, handler: Handler, call: AttentionCall) -> None
         )
     if output.is_nested:
         return
-    expected = (call.query.shape[-2], call.value.shape[-1])
-    if tuple(output.shape[-2:]) != expected:
+    expected = _output_shape(call)
+    if output.shape != expected:
         raise ValueError(
-            f"handler {who} must return an output of shape [batch, heads, {expected[0]}, "
-            f"{expected[1]}] for {call!r}; got {list(output.shape)}"
+            f"handler {who} must return an output of shape {list(expected)} for {call!r}; "
+            f"got {list(output.shape)}"
         )
+
+
+def _output_shape(call: AttentionCall) -> torch.Size:
+    def front(tensor: Tensor) -> tuple[int, ...]:
+        shape = tuple(tensor.shape[:-2])
+        return (*shape[:-1], 1) if call.enable_gqa else shape  # one key head stands for its group
+
+    shape = torch.broadcast_shapes(call.query.shape[:-2], front(call.key), front(call.value))
+    return torch.Size((*shape, call.query.shape[-2], call.value.shape[-1]))
 
 
 def _packed_group(module: nn.Module, arguments: dict[str, Any]) -> int:

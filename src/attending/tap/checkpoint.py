@@ -15,30 +15,55 @@ Python frames of the region while it runs: `ctx.run_function` of the reentrant k
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from attending.tap.call import Link, bind, run
 
 
-class Interceptor(TorchFunctionMode):
-    """Takes every attention call of this thread through the links that it finds for it."""
+class OpenTap(Protocol):
+    """What an interceptor asks of a tap."""
 
-    def links(self, arguments: dict[str, Any]) -> Sequence[Link]:
-        """The chain for a call with these arguments; empty if it is none of ours."""
-        raise NotImplementedError
+    def link(self, key: Tensor) -> Link | None:
+        """Its part in the chain of a call with this key; None if the call is none of its model."""
+
+
+class Interceptor(TorchFunctionMode):
+    """Takes every attention call of this thread through the open taps, outermost first.
+
+    One for all taps of a thread, so that they keep their order. In the second run of a region it
+    has the chains of the first run, which come before the taps that open within the region.
+    """
+
+    def __init__(self, chains: Iterable[Sequence[Link]] | None = None) -> None:
+        super().__init__()
+        self.taps: tuple[OpenTap, ...] = ()
+        self._is_recomputation = chains is not None
+        self._chains = iter(chains or ())
+
+    def add(self, tap: OpenTap) -> None:
+        """Open a tap inside those that are open."""
+        self.taps = (*self.taps, tap)
+
+    def remove(self, tap: OpenTap) -> None:
+        """Close a tap; without any the mode ends."""
+        self.taps = tuple(other for other in self.taps if other is not tap)
+        if not self.taps and not self._is_recomputation:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: object,
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -46,24 +71,29 @@ class Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             arguments = bind(*args, **kwargs)
-            links = self.links(arguments)
+            opened = (tap.link(arguments["key"]) for tap in self.taps)
+            links = [*next(self._chains, ()), *(link for link in opened if link)]
             _remember(links)
             return run(links, arguments)
-        if func is F.multi_head_attention_forward:
-            with self:  # it makes its attention call further in, so the mode has to be on there
-                return func(*args, **kwargs)
+        # It makes its attention call further in, so the mode has to be on there. (A subclass of
+        # Tensor that overrides it decides for itself what happens inside.)
+        if func is F.multi_head_attention_forward and {Tensor, Parameter}.issuperset(types):
+            with self:
+                return _undispatched(F.multi_head_attention_forward)(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-class _Recomputation(Interceptor):
-    """Takes the calls of a second run through the chains of the first."""
+def _undispatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an overridable function of torch.
 
-    def __init__(self, chains: Sequence[Sequence[Link]]) -> None:
-        super().__init__()
-        self._chains = iter(chains)
-
-    def links(self, arguments: dict[str, Any]) -> Sequence[Link]:
-        return next(self._chains, ())
+    Such a function first asks whether a mode is on, and hands itself to the mode: called with the
+    mode on, it would never get to its body. This is a copy that is told that there is none.
+    """
+    assert isinstance(function, FunctionType)
+    names = function.__globals__ | {"has_torch_function": lambda _: False}
+    body = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 class _RunAgain:
@@ -74,13 +104,15 @@ class _RunAgain:
         self.chains: list[Sequence[Link]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Recomputation(self.chains):
+        with Interceptor(self.chains):
             return self.function(*args, **kwargs)
 
 
 _REENTRANT: CodeType = checkpoint.CheckpointFunction.forward.__code__
 _NON_REENTRANT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
-_AGAIN: CodeType = _RunAgain.__call__.__code__
+# Further out than these lies what a region does not run again itself: backward, and the call whose
+# handler it is that calls.
+_BORDERS: tuple[CodeType, ...] = (_RunAgain.__call__.__code__, run.__code__)
 
 
 def open_regions() -> Iterator[tuple[Any, str]]:
@@ -90,7 +122,7 @@ def open_regions() -> Iterator[tuple[Any, str]]:
         The object that keeps the function to run again, and the name of the attribute.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _AGAIN:  # further out lies backward
+    while frame is not None and frame.f_code not in _BORDERS:
         if frame.f_code is _REENTRANT:
             yield frame.f_locals["ctx"], "run_function"
         elif frame.f_code is _NON_REENTRANT and frame.f_locals.get("gen") is not None:
@@ -113,6 +145,6 @@ def _remember(links: Sequence[Link]) -> None:
             [
                 Link(link.handler, replace(link.site, recomputed=True))
                 for link in links
-                if not any(region is older for older in link.older)
+                if link.changes and not any(region is older for older in link.older)
             ]
         )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from attending.tap.where import ATTENTION
+
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _BYPASS = re.compile("eager|flash|flex")  # the names of transformers' other implementations
-_ATTENTION = re.compile("Attention|Attn")
 # Diffusers' processors that multiply matrices themselves or call another package.
 _BYPASSING_PROCESSORS = {
     "AttnProcessor": "AttnProcessor2_0",
@@ -111,9 +112,9 @@ def _transformers_attention(
     config = own if isinstance(getattr(own, "_attn_implementation", None), str) else config
     owner = module if hasattr(module, "set_attn_implementation") else owner
     by_torch = type(module).__module__.startswith("torch.nn.")
-    if config is not None and owner is not None and not by_torch:
-        if _ATTENTION.search(type(module).__name__):
-            yield name, module, str(getattr(config, "_attn_implementation", "")), owner
+    attends = ATTENTION.search(type(module).__name__) is not None and not by_torch
+    if attends and config is not None and owner is not None:
+        yield name, module, str(getattr(config, "_attn_implementation", "")), owner
     for part, child in module.named_children():
         yield from _transformers_attention(child, f"{name}.{part}".lstrip("."), config, owner)
 
@@ -152,8 +153,8 @@ def why_no_call(model: nn.Module, ran: bool, elsewhere: bool, missed: dict[str, 
 def why_missed(model: nn.Module, missed: dict[str, nn.Module]) -> str:
     """That some attention modules ran unseen, and what to set."""
     return (
-        f"the tap did not see all of {type(model).__name__}: {_names(missed)} ran without a call of "
-        f"{SDPA}. {_advice(model, missed)}"
+        f"the tap did not see all of {type(model).__name__}: {_names(missed)} ran without a call "
+        f"of {SDPA}. {_advice(model, missed)}"
     )
 
 
@@ -176,7 +177,8 @@ def _advice(model: nn.Module, missed: dict[str, nn.Module]) -> str:
         advice.append("only attention that calls this function can be tapped")
     if not advice:
         return "Only attention that calls this function can be tapped."
-    return " or ".join(advice).capitalize() + "."
+    text = " or ".join(advice)
+    return text[0].upper() + text[1:] + "."
 
 
 def _names(modules: dict[str, nn.Module]) -> str:

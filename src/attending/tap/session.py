@@ -112,7 +112,7 @@ class Tap(Generic[Yielded]):
 
     def __enter__(self) -> Yielded:
         calls: list[AttentionCall] | None = [] if self.handler is None else None
-        session = _Session(self.model, _recorder(calls) if calls is not None else self.handler)
+        session = _Session(self.model, self.handler, calls)
         session.open()
         self._open.sessions = [*getattr(self._open, "sessions", ()), session]
         return cast(Yielded, calls)
@@ -123,40 +123,23 @@ class Tap(Generic[Yielded]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not getattr(self._open, "sessions", ()):
+            raise RuntimeError("this tap is not open in this thread: leave it where it was entered")
         session = self._open.sessions.pop()
         session.close()
         if kind is None:
             session.report()
 
 
-def _recorder(calls: list[AttentionCall]) -> Handler:
-    def record(call: AttentionCall, proceed: Proceed) -> Tensor:
-        if not call.recomputed:
-            calls.append(call)
-        return proceed(call)
-
-    return record
-
-
-class _Taps(Interceptor):
-    """The open taps of a thread, outermost first: one mode for all, so that they keep order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sessions: tuple[_Session, ...] = ()
-
-    def links(self, arguments: dict[str, Any]) -> list[Link]:
-        return [
-            session.link(arguments["key"]) for session in self.sessions if session.running_here()
-        ]
-
-
 class _Session:
     """One entered `with` block."""
 
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
+    def __init__(
+        self, model: nn.Module, handler: Handler | None, calls: list[AttentionCall] | None
+    ) -> None:
         self.model = model
-        self.handler = handler
+        self.handler = self._record if handler is None else handler
+        self.calls = calls
         self.places = places(model)
         self.stack: list[Running] = []  # the modules that run, outermost first
         self.thread = threading.get_ident()
@@ -180,24 +163,13 @@ class _Session:
                 cleanup.callback(before.remove)
                 after = module.register_forward_hook(self._after, always_call=True)
                 cleanup.callback(after.remove)
-            mode = next(
-                (m for m in reversed(_get_current_function_mode_stack()) if isinstance(m, _Taps)),
-                None,
-            )
-            if mode is None:
-                mode = _Taps()
-                mode.__enter__()
-            mode.sessions = (*mode.sessions, self)
-            cleanup.callback(self._leave, mode)
+            mode = _interceptor()
+            mode.add(self)
+            cleanup.callback(mode.remove, self)
             self._cleanup = cleanup.pop_all()
 
     def close(self) -> None:
         self._cleanup.close()
-
-    def _leave(self, mode: _Taps) -> None:
-        mode.sessions = tuple(session for session in mode.sessions if session is not self)
-        if not mode.sessions:
-            mode.__exit__(None, None, None)
 
     def report(self) -> None:
         """Never an empty success: say so if there was nothing to see, or not all."""
@@ -206,11 +178,10 @@ class _Session:
         if self.missed:
             warnings.warn(why_missed(self.model, self.missed), TapWarning, stacklevel=3)
 
-    def running_here(self) -> bool:
-        return bool(self.stack) and self._is_mine()
-
-    def link(self, key: Tensor) -> Link:
+    def link(self, key: Tensor) -> Link | None:
         """This tap's part in the chain of a call, which is counted."""
+        if not self.stack or not self._is_mine():
+            return None
         if not self.stack[0].reached:
             self.forward += 1
             self.index = 0
@@ -221,7 +192,12 @@ class _Session:
         module, place = self.stack[-1].module, self.stack[-1].place
         cross = is_cross(self.stack, key)
         site = Site(place.name, place.layer, module, cross, self.index, self.forward)
-        return Link(self.handler, site, self.older)
+        return Link(self.handler, site, self.older, changes=self.calls is None)
+
+    def _record(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        assert self.calls is not None
+        self.calls.append(call)
+        return proceed(call)
 
     def _is_mine(self) -> bool:
         # Not what other threads run, nor what backward runs again: that knows its own handlers.
@@ -243,6 +219,16 @@ class _Session:
         running = self.stack.pop()
         if running.place.attends and not running.reached and output is not None:
             self.missed.setdefault(running.place.name, module)
+
+
+def _interceptor() -> Interceptor:
+    """The one of this thread; a new one on top of the modes if there is none."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, Interceptor):
+            return mode
+    mode = Interceptor()
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    return mode
 
 
 def _backward_pass() -> int:

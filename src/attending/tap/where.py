@@ -31,7 +31,7 @@ SOURCES = (
     "encoder_states",
     "context",
 )
-_ATTENTION = re.compile("Attention|Attn")
+ATTENTION = re.compile("Attention|Attn")  # in the name of a class
 _CROSS = re.compile(r"cross|encoder_?attn|encoder_?attention|enc_?dec|^attn2$", re.IGNORECASE)
 _SELF = re.compile(r"self_?att|^attn1$", re.IGNORECASE)
 
@@ -65,7 +65,7 @@ def places(model: nn.Module) -> dict[nn.Module, Place]:
     found = {}
     for name, module in model.named_modules():
         building_block = type(module).__module__.startswith("torch.nn.modules.")
-        attends = _ATTENTION.search(type(module).__name__) is not None
+        attends = ATTENTION.search(type(module).__name__) is not None
         if module is model or attends or not building_block or _has_children(module):
             found[module] = Place(name, layer_of(model, name), attends, _hint(module, name))
     return found
