@@ -47,7 +47,9 @@ FLOORS = {
 TOP = max(FLOORS.values())
 
 # (room, room that it may import from), both on one floor, with the reason. Never both ways.
-NEIGHBOURS: set[tuple[str, str]] = set()
+NEIGHBOURS: set[tuple[str, str]] = {
+    ("losses", "tap"),  # a loss on what a model computes inside has to see it
+}
 
 CORE_MAY_IMPORT = {"jaxtyping", "torch"}
 # The dependencies of pyproject.toml, and what transformers always brings along.
