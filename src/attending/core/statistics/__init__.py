@@ -4,8 +4,10 @@ Rows (where a query looks): `entropy`, `normalized_entropy`, `renyi_entropy`,
 `participation_ratio`, `second_moment`, `max_probability`, `varentropy`, `expected_features`,
 `class_mass`, `key_set_mass`, `mean_distance`; several at once from one pass: `row_summary`.
 
-Columns (what a key receives) and the whole map: `column_mass`, `column_importance`, `pooled_map`;
-several at once from one pass: `column_summary`.
+Columns (what a key receives) and the whole map: `column_mass`, `column_importance`, `pooled_map`,
+`received_features`; several at once from one pass: `column_summary`.
+
+Rows and columns at once: `map_summary`.
 
 Bounds: `entropy_lower_bound`, and what goes into it: `centred_logit_norm`, `global_logit_norm`.
 
@@ -23,8 +25,10 @@ from attending.core.statistics.columns import (
     column_mass,
     column_summary,
     pooled_map,
+    received_features,
 )
 from attending.core.statistics.hidden import effective_rank, head_similarity, token_similarity
+from attending.core.statistics.map import MapSummary, map_summary
 from attending.core.statistics.rows import (
     RowSummary,
     class_mass,
@@ -43,6 +47,7 @@ from attending.core.statistics.rows import (
 
 __all__ = [
     "ColumnSummary",
+    "MapSummary",
     "RowSummary",
     "centred_logit_norm",
     "class_mass",
@@ -56,11 +61,13 @@ __all__ = [
     "global_logit_norm",
     "head_similarity",
     "key_set_mass",
+    "map_summary",
     "max_probability",
     "mean_distance",
     "normalized_entropy",
     "participation_ratio",
     "pooled_map",
+    "received_features",
     "renyi_entropy",
     "row_summary",
     "second_moment",

@@ -1,13 +1,8 @@
 """Statistics of the columns of the map, and of the map as a whole: what each key receives.
 
-A column sum needs every row's normaliser first. With it, the column is itself an attention, the
-roles exchanged: *keys ask and queries answer* with the bias `log w[i] - lse[i]`,
-
-    sum_i w[i] p[i, j] = exp(LSE_i(s[i, j] + log w[i] - lse[i]))
-
-and what the exchanged attention returns as its output is the mean, over the queries that look at
-the key, of any per-query feature. Under `is_causal` both sequences are read backwards, which makes
-the exchanged map causal again. One fused pass, O(tokens) memory.
+Every row's normaliser is needed first, and then one pass with the roles of query and key exchanged
+(`attending.core.statistics._exchange`). On a CPU and without gradients there is a shorter way: a
+sweep over the map in blocks of rows that stay in the cache. O(tokens) memory either way.
 """
 
 import math
@@ -17,9 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attending.core.kernels import CHUNK_BYTES
-from attending.core.state import AttentionState, attend, merge, reweigh
 from attending.core.statistics._call import Call, check_lse, prepare
+from attending.core.statistics._exchange import (
+    bucket_columns,
+    bucket_means,
+    check_weights,
+    pool,
+    received_state,
+)
+from attending.core.statistics._sweep import can_sweep, sweep
 from attending.core.statistics.rows import Key, Query, Rows
 
 Columns = Float[Tensor, "batch heads keys"]
@@ -57,11 +58,11 @@ def column_mass(
             or all but the last few queries). `[queries]` or with leading dimensions that broadcast
             to `[batch, heads, queries]`.
         lse: that of `attention_state` on the same arguments, if you have it; saves one of the two
-            passes.
+            passes (on a CPU without gradients there is one in any case).
     """
     call = prepare(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = _log_weights(query_weights, call)
-    return _received(call, check_lse(lse, call), weights, call.query).lse.exp()
+    weights = check_weights(query_weights, call)
+    return _mass(call, weights, lse)
 
 
 def column_importance(
@@ -79,9 +80,53 @@ def column_importance(
     The sink rate of Gu et al. (2410.10781) is the share of heads where it exceeds 0.3 at key 0.
     """
     call = prepare(query, key, attn_mask, is_causal, scale, enable_gqa)
-    mass = _received(call, check_lse(lse, call), None, call.query).lse.exp()
+    mass = _mass(call, None, lse)
     seen = visible_queries(call)
     return torch.where(seen > 0, mass / seen.clamp_min(1.0), torch.zeros_like(mass))
+
+
+def received_features(
+    query: Query,
+    key: Key,
+    query_features: Float[Tensor, "*batch queries features"],
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    lse: Rows | None = None,
+) -> Float[Tensor, "batch heads keys features"]:
+    """The transposed map times any per-query features, `sum_i p[i, j] features[i]`.
+
+    What `expected_features` is for the rows. With one column of ones it is `column_mass`; unlike
+    the weights there, features may be negative, and several columns share one pass.
+
+    Args:
+        query_features: `[queries, features]`, or with leading dimensions that broadcast to
+            `[batch, heads, queries, features]`.
+        lse: as in `column_mass`.
+    """
+    call = prepare(query, key, attn_mask, is_causal, scale, enable_gqa)
+    full, shape = tuple(call.query.shape[:3]), tuple(query_features.shape)
+    if (
+        not 2 <= len(shape) <= 4
+        or shape[-2] != full[-1]
+        or any(
+            size not in (1, whole)
+            for size, whole in zip(reversed(shape[:-2]), reversed(full[:2]), strict=False)
+        )
+    ):
+        raise ValueError(
+            "query_features: expected [queries, features], or leading dimensions that broadcast "
+            f"to [batch, heads, queries] = {list(full)}, got {list(shape)}."
+        )
+    features = query_features.to(call.query.dtype).expand(*full, shape[-1])
+    if can_sweep(call, features, lse):
+        given = None if lse is None else check_lse(lse, call)
+        received = sweep(call, query_features=features, lse=given).received
+        assert received is not None
+        return received.transpose(-1, -2)
+    state = received_state(call, check_lse(lse, call), None, features)
+    return state.lse.exp()[..., None] * state.output
 
 
 def pooled_map(
@@ -111,7 +156,7 @@ def pooled_map(
     columns = bucket_columns(key.shape[2], size).to(call.key)
     rows = bucket_columns(query.shape[2], size).to(call.query)
     mass, lse = call.attend(columns.expand(*key.shape[:3], size))
-    pooled = _bucket_means(rows.transpose(0, 1) @ mass, rows, (lse > -math.inf).to(mass))
+    pooled = bucket_means(rows.transpose(0, 1) @ mass, rows, (lse > -math.inf).to(mass))
     if reduction == "mean":
         pooled = pooled / columns.sum(0).clamp_min(1.0)
     return pooled
@@ -152,24 +197,38 @@ def column_summary(
             "this pass. Use row_summary for the entropy, and with_entropy=False for the rest."
         )
     lse = check_lse(lse, call)
-    values = [call.query] if with_entropy or size is None else []
-    if size is not None:
-        rows = bucket_columns(query.shape[2], size).to(call.query)
-        values.append(rows.expand(*query.shape[:3], size))
-    log_weights = _log_weights(query_weights, call)
-    received = _received(call, lse, log_weights, torch.cat(values, -1))
-    mass = received.lse.exp()
-    weight = (lse > -math.inf).to(lse) * (1.0 if log_weights is None else log_weights.exp())
-    total = None
-    if with_entropy:
-        total = _summed_entropy(call, lse, weight, mass, received.output[..., : query.shape[-1]])
-    pooled = None
-    if size is not None:
-        columns = bucket_columns(key.shape[2], size).to(call.key)
-        by_query_bucket = (mass[..., None] * received.output[..., -size:]).transpose(
-            -1, -2
-        ) @ columns
-        pooled = _bucket_means(by_query_bucket, rows, weight)
+    weights = check_weights(query_weights, call)
+    weight = (lse > -math.inf).to(lse) * (1.0 if weights is None else weights)
+    rows = None if size is None else bucket_columns(query.shape[2], size).to(call.query)
+    total = pooled = by_bucket = None
+    if can_sweep(call, weights, lse):
+        found = sweep(
+            call,
+            entropy=with_entropy,
+            query_features=weight[..., None] if size is None else None,
+            size=size,
+            weights=weight,
+            lse=lse,
+        )
+        mass, by_bucket = found.mass(), found.by_bucket
+        if found.entropy is not None:
+            total = (weight * found.entropy).sum(-1)
+    else:
+        values = [call.query] if with_entropy or rows is None else []
+        if rows is not None:
+            values.append(rows.expand(*query.shape[:3], rows.shape[1]))
+        log_weights = None if weights is None else weights.log()
+        received = received_state(call, lse, log_weights, torch.cat(values, -1))
+        mass = received.lse.exp()
+        if with_entropy:
+            total = _summed_entropy(
+                call, lse, weight, mass, received.output[..., : query.shape[-1]]
+            )
+        if rows is not None:
+            columns = received.output[..., -rows.shape[1] :]
+            by_bucket = (mass[..., None] * columns).transpose(-1, -2)
+    if rows is not None and by_bucket is not None:
+        pooled = pool(by_bucket, rows, weight)
     return ColumnSummary(mass, total, pooled)
 
 
@@ -197,103 +256,11 @@ def visible_queries(call: Call) -> Tensor:
     return count.clamp_min(0).to(call.query.dtype)[None, None]
 
 
-def bucket_columns(tokens: int, size: int) -> Float[Tensor, "tokens size"]:
-    """One-hot rows: token t of n belongs to bucket `floor(t * size / n)`."""
-    bucket = torch.arange(tokens) * size // max(tokens, 1)
-    return torch.nn.functional.one_hot(bucket, size).float()
-
-
-def _bucket_means(sums: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """Sums over the queries of each bucket, divided by the weight of those queries."""
-    count = weight @ rows
-    return sums / count.where(count > 0, torch.ones_like(count))[..., None]
-
-
-def _log_weights(query_weights: Tensor | None, call: Call) -> Tensor | None:
-    if query_weights is None:
-        return None
-    full = tuple(call.query.shape[:3])
-    fits = 1 <= query_weights.dim() <= 3 and all(
-        size in (1, whole)
-        for size, whole in zip(reversed(query_weights.shape), reversed(full), strict=False)
-    )
-    if not fits or query_weights.shape[-1] != full[-1]:
-        raise ValueError(
-            "query_weights: expected [queries], or leading dimensions that broadcast to [batch, "
-            f"heads, queries] = {list(full)}, got {list(query_weights.shape)}."
-        )
-    weights = query_weights.to(call.query.dtype)
-    if not torch.compiler.is_compiling() and bool((weights < 0).any()):
-        raise ValueError("query_weights: expected weights of at least 0, got a negative one.")
-    return weights.log().expand(full)
-
-
-def _received(
-    call: Call, lse: Tensor, log_weights: Tensor | None, features: Tensor
-) -> AttentionState:
-    """The exchanged attention: lse is the log of the mass that a key receives from the queries."""
-    answer = lse.masked_fill(lse == -math.inf, math.inf).neg()
-    if log_weights is not None:
-        answer = answer + log_weights
-    key = call.key.repeat_interleave(call.groups, 1)
-    bias = call.bias
-    if call.is_causal:
-        return _received_causal(key, call.query, features, answer, call.scale)
-    if bias is None or bias.shape[2] == 1:
-        state = attend(key, call.query, features, key_bias=answer, scale=call.scale)
-        # A bias per key is a bias per asking row now: it only shifts the row's lse.
-        return state if bias is None else reweigh(state, bias.squeeze(2))
-    # A mask for every pair is there already; its transpose is copied a block of keys at a time.
-    keys = key.shape[2]
-    step = max(1, CHUNK_BYTES // (4 * bias.shape[0] * bias.shape[1] * max(call.query.shape[2], 1)))
-    blocks = []
-    for start in range(0, keys, step):
-        part = bias.expand(*bias.shape[:3], keys)[..., start : start + step]
-        blocks.append(
-            attend(
-                key[:, :, start : start + step],
-                call.query,
-                features,
-                bias=part.transpose(-1, -2).contiguous(),
-                key_bias=answer,
-                scale=call.scale,
-            )
-        )
-    return AttentionState(*(torch.cat(parts, 2) for parts in zip(*blocks, strict=True)))
-
-
-def _received_causal(
-    key: Tensor, query: Tensor, features: Tensor, answer: Tensor, scale: float
-) -> AttentionState:
-    """Key j hears the queries i >= j: causal once both sequences are read backwards."""
-    square = min(query.shape[2], key.shape[2])
-
-    def backwards(tensor: Tensor) -> Tensor:
-        return tensor[:, :, :square].flip(2)
-
-    state = attend(
-        backwards(key),
-        backwards(query),
-        backwards(features),
-        key_bias=backwards(answer),
-        is_causal=True,
-        scale=scale,
-    )
-    state = AttentionState(state.output.flip(2), state.lse.flip(2))
-    if query.shape[2] > square:
-        # The queries beyond the last key see all keys.
-        rest = attend(
-            key,
-            query[:, :, square:],
-            features[:, :, square:],
-            key_bias=answer[:, :, square:],
-            scale=scale,
-        )
-        state = merge(state, rest)
-    unseen = key.shape[2] - square
-    if unseen == 0:
-        return state
-    return AttentionState(
-        torch.nn.functional.pad(state.output, (0, 0, 0, unseen)),
-        torch.nn.functional.pad(state.lse, (0, unseen), value=-math.inf),
-    )
+def _mass(call: Call, weights: Tensor | None, lse: Tensor | None) -> Tensor:
+    """`sum_i weights[i] p[i, j]`, with the weights checked and the lse not yet."""
+    if can_sweep(call, weights, lse):
+        ask = call.query.new_ones(call.query.shape[:3]) if weights is None else weights
+        given = None if lse is None else check_lse(lse, call)
+        return sweep(call, query_features=ask[..., None], lse=given).mass()
+    log_weights = None if weights is None else weights.log()
+    return received_state(call, check_lse(lse, call), log_weights, call.query).lse.exp()
