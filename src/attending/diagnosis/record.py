@@ -135,7 +135,9 @@ class LayerRecord:
     top_keys: list[list[TopKey]] = field(default_factory=list)  # per head, strongest first
     pooled: list[list[list[float]]] = field(default_factory=list)  # per head, size x size
     similarity: list[list[float]] = field(default_factory=list)  # heads x heads, linear CKA
-    strong_keys: dict[str, list[float]] = field(default_factory=dict)  # see findings.sinks
+    # Per head, the mean importance of a token where it is the strongest key of a sequence.
+    strong_keys: dict[str, list[float]] = field(default_factory=dict)
+    longest: int = 0  # keys of the longest sequence
 
     @property
     def num_heads(self) -> int:
