@@ -19,7 +19,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint types floors format docs bench constraints clean
+.PHONY: help demo test check lint types floors format docs evidence bench constraints clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ format: .venv/.dev ## let ruff repair what it can
 
 docs: .venv/.docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+evidence: .venv/.dev ## write docs/evidence/index.md from its results
+	$(BIN)/python tools/write_evidence.py
 
 bench: .venv/.dev ## run benchmarks/*.py, one after another
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

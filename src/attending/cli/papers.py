@@ -43,7 +43,7 @@ def list_papers(
 ) -> None:
     """List the papers of the catalogue: what each is for, and whether it is built.
 
-    One paper is shown in full. QUERY looks at the whole record; `built` and `planned` are words too.
+    One paper is shown in full. QUERY looks at the whole record, the words built and planned too.
     """
     from attending import papers
 

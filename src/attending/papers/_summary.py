@@ -38,6 +38,12 @@ class Spread:
             highest=math.nan if broken else max(values),
         )
 
+    def in_words(self) -> str:
+        """`mean ± deviation [lowest, highest]`; the value alone if there is but one."""
+        if len(self.values) == 1:
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} ± {self.deviation:.2g} [{self.lowest:.4g}, {self.highest:.4g}]"
+
 
 @dataclass(frozen=True)
 class Summary:
