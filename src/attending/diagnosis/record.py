@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas
@@ -233,8 +234,8 @@ class Diagnosis:
         return rows
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Everything as JSON text; also written to `path` if one is given."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+        """Everything as JSON text; also written to `path` if one is given. NaN is null there."""
+        text = json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -242,7 +243,7 @@ class Diagnosis:
     @classmethod
     def from_json(cls, text: str) -> "Diagnosis":
         """The diagnosis that `to_json` wrote."""
-        data = json.loads(text)
+        data = _or_nan(json.loads(text))
         data["layers"] = [
             LayerRecord(
                 **layer | {"top_keys": [[TopKey(**k) for k in head] for head in layer["top_keys"]]}
@@ -282,3 +283,27 @@ class Diagnosis:
         from attending.report.html import render_inline
 
         return render_inline(self)
+
+
+_MAY_BE_NONE = {"layer", "head"}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers that are not finite: None in their place."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _or_nan(value: Any) -> Any:
+    """The other way round; what was infinite is NaN now."""
+    if isinstance(value, dict):
+        return {
+            name: None if one is None and name in _MAY_BE_NONE else _or_nan(one)
+            for name, one in value.items()
+        }
+    if isinstance(value, list):
+        return [_or_nan(one) for one in value]
+    return math.nan if value is None else value

@@ -49,8 +49,8 @@ def oversmoothing(hidden: Sequence[HiddenRecord], thresholds: Thresholds) -> Fin
         severity="warning" if last else "info",
         summary=(
             f"After {len(found)} of {len(hidden)} blocks the tokens of a sequence are nearly "
-            f"alike. Their mean similarity is {first.token_similarity:.2f} after the first block and "
-            f"{end.token_similarity:.2f} after the last; the effective rank goes from "
+            f"alike. Their mean similarity is {first.token_similarity:.2f} after the first block "
+            f"and {end.token_similarity:.2f} after the last; the effective rank goes from "
             f"{first.effective_rank:.1f} to {end.effective_rank:.1f}."
         ),
         threshold=f"mean cosine between different tokens > {limit:g}",
