@@ -137,6 +137,7 @@ class _Session:
     def __init__(
         self, model: nn.Module, handler: Handler | None, calls: list[AttentionCall] | None
     ) -> None:
+        refuse_what_bypasses(model)
         self.model = model
         self.handler = self._record if handler is None else handler
         self.calls = calls
@@ -149,11 +150,13 @@ class _Session:
         self.index = 0
         self.ran = self.elsewhere = False
         self.missed: dict[str, nn.Module] = {}
+        self.mode = _interceptor()
         self._cleanup = ExitStack()
 
     def open(self) -> None:
-        refuse_what_bypasses(self.model)
         with ExitStack() as cleanup:
+            self.mode.add(self)
+            cleanup.callback(self.mode.remove, self)
             for module in self.places:
                 # First in, last out: what other hooks do belongs to the module as well, and
                 # whatever they raise, each entry on the stack is taken off again.
@@ -163,9 +166,6 @@ class _Session:
                 cleanup.callback(before.remove)
                 after = module.register_forward_hook(self._after, always_call=True)
                 cleanup.callback(after.remove)
-            mode = _interceptor()
-            mode.add(self)
-            cleanup.callback(mode.remove, self)
             self._cleanup = cleanup.pop_all()
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class _Session:
 
     def link(self, key: Tensor) -> Link | None:
         """This tap's part in the chain of a call, which is counted."""
-        if not self.stack or not self._is_mine():
+        if not self.stack or _backward_pass() != self.task:
             return None
         if not self.stack[0].reached:
             self.forward += 1
@@ -200,8 +200,10 @@ class _Session:
         return proceed(call)
 
     def _is_mine(self) -> bool:
-        # Not what other threads run, nor what backward runs again: that knows its own handlers.
-        return threading.get_ident() == self.thread and _backward_pass() == self.task
+        # Not what backward runs again: that knows its own handlers. And not what other threads or
+        # handlers run: there the mode is off.
+        modes = _get_current_function_mode_stack()
+        return _backward_pass() == self.task and any(mode is self.mode for mode in modes)
 
     # Another thread that is just running the model calls a hook without kwargs while this one
     # takes it off, so the hooks take what comes.
