@@ -1,0 +1,1 @@
+"""A checkpoint in, a better checkpoint out: one file per method."""
