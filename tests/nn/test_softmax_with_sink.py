@@ -153,7 +153,7 @@ def test_sinks_in_sequence_add_up() -> None:
 
 def test_arguments_that_do_not_fit_are_named() -> None:
     state = AttentionState(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5))
-    with pytest.raises(ValueError, match="logit: expected a shape .* number per head"):
+    with pytest.raises(ValueError, match=r"logit: expected a shape .* number per head"):
         softmax_with_sink(state, torch.zeros(3))
     with pytest.raises(ValueError, match="value: expected a shape"):
         softmax_with_sink(state, 0.0, torch.zeros(3))

@@ -24,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from attending.nn.linear import linear_weight
+
 
 class ContextScale(nn.Module):
     """`max_scale * sigmoid(x W + b)`: a factor in (0, max_scale) for every token and head.
@@ -110,9 +112,8 @@ class ContextScaleHandle:
         self._sites = list(sites)
         for site in sites:
             weight = next(site.projection.parameters())
-            dtype = weight.dtype if weight.is_floating_point() else torch.float32
             scale = ContextScale(
-                site.hidden_dim, site.num_heads, max_scale, weight.device, dtype
+                site.hidden_dim, site.num_heads, max_scale, weight.device, weight.dtype
             ).train(site.attention.training)
             site.attention.add_module("context_scale", scale)
             self.scales[site.name] = scale
@@ -147,7 +148,7 @@ class ContextScaleHandle:
 
 
 class _Gated:
-    """The hooks of one attention module. An object, so that deepcopy takes it to the copy's gate."""
+    """The hooks of one attention module: an object, so that a deepcopy has its own gate."""
 
     def __init__(self, scale: ContextScale, name: str) -> None:
         self.scale = scale
@@ -234,9 +235,10 @@ def _sites(model: nn.Module) -> list[Site]:
         heads = _num_heads(module)
         for child in OUTPUT_PROJECTIONS:
             projection = module._modules.get(child)
-            widths = None if projection is None else _widths(projection)
-            if projection is not None and widths and heads and widths[0] % heads == 0:
-                found.append(Site(name, module, projection, heads, widths[1]))
+            weight = None if projection is None else linear_weight(projection)
+            if projection is not None and weight is not None and heads:
+                if weight.shape[1] % heads == 0:
+                    found.append(Site(name, module, projection, heads, weight.shape[0]))
                 break
     return found
 
@@ -252,14 +254,4 @@ def _num_heads(module: nn.Module) -> int | None:
         heads = getattr(owner, name, None)
         if isinstance(heads, int) and heads > 0:
             return heads
-    return None
-
-
-def _widths(projection: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a Linear, or of transformers' Conv1D, whose weight is turned."""
-    if isinstance(projection, nn.Linear):
-        return projection.in_features, projection.out_features
-    weight = getattr(projection, "weight", None)
-    if type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-        return weight.shape[0], weight.shape[1]
     return None

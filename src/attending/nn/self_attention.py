@@ -95,10 +95,10 @@ class SelfAttention(nn.Module):
         self.key_length = key_length
         self.layer_idx = layer_idx
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)  # type: ignore[arg-type]
-        self.k_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)  # type: ignore[arg-type]
-        self.v_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)  # type: ignore[arg-type]
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)  # type: ignore[arg-type]
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
         self.scale: ContextScale | None = None
         if variant == "fixed_bias":
             self.value_bias = nn.Parameter(torch.zeros(embed_dim, **factory))  # type: ignore[arg-type]
@@ -174,12 +174,14 @@ class SelfAttention(nn.Module):
                 is_causal=is_causal,
                 enable_gqa=grouped,
             )
-        return scaled_dot_product_attention(
+        output: Tensor = scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, enable_gqa=grouped
         )
+        return output
 
     def _split(self, projected: Tensor, heads: int) -> Tensor:
-        return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        split: Tensor = projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return split
 
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}, num_heads={self.num_heads}"
