@@ -173,11 +173,11 @@ def centred_logit_norm(dense: Map) -> Float64[Tensor, "batch heads queries"]:
     scores = dense.scores.masked_fill(~dense.visible, 0.0)
     count = dense.visible.sum(-1, keepdim=True).clamp_min(1)
     centred = (scores - scores.sum(-1, keepdim=True) / count).masked_fill(~dense.visible, 0.0)
-    return centred.norm(dim=-1)
+    return centred.square().sum(-1).sqrt()
 
 
 def entropy_lower_bound(num_keys: int, logit_norm: float) -> float:
-    """The entropy of the worst row of this centred norm: one high score, all others equal and low."""
+    """The entropy of the worst row of this centred norm: one high score, the others equally low."""
     if num_keys < 2:
         return 0.0
     row = torch.full((num_keys,), -1.0, dtype=torch.float64)

@@ -59,7 +59,8 @@ def entropy_lower_bound(
 
     Example:
         >>> bound = entropy_lower_bound(16, 4.0)
-        >>> rows = entropy_lower_bound(torch.arange(1, n + 1), centred_logit_norm(q, k, is_causal=True))
+        >>> norm = centred_logit_norm(query, key, is_causal=True)
+        >>> per_row = entropy_lower_bound(torch.arange(1, norm.shape[-1] + 1), norm)
     """
     if not isinstance(logit_norm, Tensor):
         dtype = torch.float64
@@ -129,8 +130,8 @@ def global_logit_norm(
     if query_weight.shape[-2:] != key_weight.shape[-2:]:
         raise ValueError(
             "key_weight: expected the last two dimensions [dim, hidden] of query_weight, "
-            f"{list(query_weight.shape[-2:])}, got {list(key_weight.shape)}. One head at a time, or "
-            "heads stacked in front: weight.unflatten(0, (heads, -1))."
+            f"{list(query_weight.shape[-2:])}, got {list(key_weight.shape)}. Pass one head, "
+            "or heads stacked in front: weight.unflatten(0, (heads, -1))."
         )
     dim, width = query_weight.shape[-2:]
     if hidden.shape[-1] != width:
@@ -142,8 +143,8 @@ def global_logit_norm(
     query_side, key_side = query_weight.to(dtype).mT, key_weight.to(dtype).mT
     if dim < width:
         query_side, key_side = torch.linalg.qr(query_side).R, torch.linalg.qr(key_side).R
-    of_weights = torch.linalg.matrix_norm(key_side @ query_side.mT, 2)
-    of_tokens = torch.linalg.matrix_norm(hidden.to(dtype), 2).square()
+    of_weights: Tensor = torch.linalg.matrix_norm(key_side @ query_side.mT, 2)
+    of_tokens: Tensor = torch.linalg.matrix_norm(hidden.to(dtype), 2).square()
     return of_weights * of_tokens * (dim**-0.5 if scale is None else abs(scale))
 
 
