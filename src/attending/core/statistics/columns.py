@@ -125,8 +125,12 @@ def received_features(
         received = sweep(call, query_features=features, lse=given).received
         assert received is not None
         return received.transpose(-1, -2)
-    state = received_state(call, check_lse(lse, call), None, features)
-    return state.lse.exp()[..., None] * state.output
+    given, width = check_lse(lse, call), max(1, call.query.shape[-1])
+    parts = [  # a fused kernel is as wide as the wider of query and value
+        state.lse.exp()[..., None] * state.output
+        for state in (received_state(call, given, None, some) for some in features.split(width, -1))
+    ]
+    return torch.cat(parts, -1)
 
 
 def pooled_map(

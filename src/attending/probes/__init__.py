@@ -1,0 +1,10 @@
+"""Measurements of whole models: what they look at, depend on and suffer from.
+
+Each probe is a module; import the one you need.
+
+- `attending.probes.rollout`: which input tokens an output token comes from, through all layers.
+- `attending.probes.head_importance`: which heads the loss depends on.
+- `attending.probes.hidden`: the hidden states from block to block.
+- `attending.probes.outliers`: systematic outliers of activations, weights and attention.
+- `attending.probes.quantization`: what rounding to few bits costs a model.
+"""
