@@ -5,6 +5,7 @@ result to the driver, and the driver alone writes it, so each result is stored o
 stored before the driver itself was stopped is not run again.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def on_ray(
 
         started_here = not ray.is_initialized()
         if started_here:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
             ray.init(address=address, include_dashboard=False, log_to_driver=False)
         try:
             options = {"num_cpus": cpus_per_run, "num_gpus": gpus_per_run, "max_retries": retries}

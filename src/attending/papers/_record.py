@@ -31,7 +31,8 @@ When it is built, five things change:
                return "held"
            return "held in direction" if all(gap > 0 for gap in gaps) else "did not hold"
 
-   Compare seed by seed where the seeds are paired. Mind `nan`: a comparison with it is False.
+   Compare seed by seed where the seeds are paired, and say `all(...)` as above: a run that
+   diverged measures `nan`, a comparison with `nan` is False, but `max` and `min` may lose it.
 3. Each figure that we measure too names our number: `Figure(..., measurement="entropy_ours")`.
    Add figures of your own freely; what the paper did at another scale stays its own figure.
 4. The module gets a function

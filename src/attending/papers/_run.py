@@ -19,11 +19,20 @@ FEWEST_SEEDS: dict[Scale, int] = {"smoke": 1, "small": 3, "full": 3}
 
 @dataclass(frozen=True)
 class Task:
-    """One run to be made: an experiment, a scale, a seed, and the folder it may write to."""
+    """One run to be made.
+
+    Args:
+        experiment: What to run.
+        scale: At which scale.
+        seed: With which seed.
+        fingerprint: That of the experiment, taken before anything runs.
+        work_dir: The folder that the run may write to.
+    """
 
     experiment: Experiment
     scale: Scale
     seed: int
+    fingerprint: str
     work_dir: Path
 
 
@@ -91,13 +100,13 @@ def run_experiments(
     for experiment in experiments:
         slug, fingerprint = experiment.paper.slug, experiment.fingerprint(scale)
         for seed in range(count):
-            stored = None if fresh else store.load(experiment, scale, seed)
+            stored = None if fresh else store.load(slug, scale, seed, fingerprint)
             if stored is not None:
                 runs[slug][seed] = stored
                 tell("stored", slug, seed)
             else:
                 work_dir = store.work_dir(slug, scale, seed, fingerprint)
-                tasks.append(Task(experiment, scale, seed, work_dir))
+                tasks.append(Task(experiment, scale, seed, fingerprint, work_dir))
 
     summaries: dict[str, Summary] = {}
     failures: list[Failure] = []
@@ -112,7 +121,7 @@ def run_experiments(
     for task, result in (execute or execute_here)(tasks):
         slug = task.experiment.paper.slug
         if isinstance(result, Reproduction):
-            runs[slug][task.seed] = store.save(task.experiment, result)
+            runs[slug][task.seed] = store.save(result, task.fingerprint)
             tell("finished", slug, task.seed)
         else:
             failures.append(Failure(slug, task.seed, result))

@@ -5,7 +5,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from attending.papers._experiment import Experiment
 from attending.papers._json import to_text, write_whole
 from attending.papers._record import Scale
 from attending.papers._reproduction import Reproduction
@@ -42,12 +41,12 @@ class Store:
         """Where the picture lies."""
         return self.out_dir / f"{slug}.png"
 
-    def load(self, experiment: Experiment, scale: Scale, seed: int) -> StoredRun | None:
-        """The stored run of this very experiment, None if there is none."""
-        path = self.run_path(experiment.paper.slug, scale, seed)
+    def load(self, slug: str, scale: Scale, seed: int, fingerprint: str) -> StoredRun | None:
+        """The stored run of the experiment with that fingerprint, None if there is none."""
+        path = self.run_path(slug, scale, seed)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["fingerprint"] != experiment.fingerprint(scale):
+            if data["fingerprint"] != fingerprint:
                 return None
             found = Reproduction.from_data(data["reproduction"])
             return StoredRun(data["fingerprint"], data["finished"], found)
@@ -56,10 +55,14 @@ class Store:
         except (KeyError, TypeError, ValueError):  # of another version, or edited: run it again
             return None
 
-    def save(self, experiment: Experiment, reproduction: Reproduction) -> StoredRun:
-        """Write a finished run; it is there whole, or not at all."""
+    def save(self, reproduction: Reproduction, fingerprint: str) -> StoredRun:
+        """Write a finished run; it is there whole, or not at all.
+
+        The fingerprint is that of the experiment as it was started: its source may have been edited
+        since.
+        """
         run = StoredRun(
-            fingerprint=experiment.fingerprint(reproduction.scale),
+            fingerprint=fingerprint,
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             reproduction=reproduction,
         )

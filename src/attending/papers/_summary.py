@@ -27,12 +27,11 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Mean and spread of the values; `nan` where one of them is `nan`."""
-        finite = all(math.isfinite(value) for value in values)
         broken = any(math.isnan(value) for value in values)
-        deviation = statistics.stdev(values) if finite and len(values) > 1 else math.nan
+        mean, deviation = _mean_and_deviation(values)
         return cls(
             values=tuple(values),
-            mean=statistics.fmean(values) if finite else sum(values) / len(values),
+            mean=mean,
             deviation=deviation,
             lowest=math.nan if broken else min(values),
             highest=math.nan if broken else max(values),
@@ -43,6 +42,16 @@ class Spread:
         if len(self.values) == 1:
             return f"{self.mean:.4g}"
         return f"{self.mean:.4g} ± {self.deviation:.2g} [{self.lowest:.4g}, {self.highest:.4g}]"
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    if not all(math.isfinite(value) for value in values):
+        return sum(values) / len(values), math.nan
+    try:
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        return statistics.fmean(values), deviation
+    except OverflowError:  # a loss on its way to infinity
+        return math.fsum(value / len(values) for value in values), math.inf
 
 
 @dataclass(frozen=True)
