@@ -10,9 +10,9 @@ PAPER = Paper(
     venue=None,
     purpose=(
         "For building diffusion transformers with linear attention, whose maps come out too "
-        "smooth. Tokens are routed to one of several projections and kernels, and a second linear "
-        "attention, weighted token by token, is subtracted from the first. It is trained from "
-        "scratch."
+        "smooth. Tokens are routed to one of several projections and kernels, and a second set of "
+        "queries and keys, weighted token by token, is subtracted from the first. It is trained "
+        "from scratch."
     ),
     claim=(
         "The three parts make linear attention less smooth and the images better than those of "

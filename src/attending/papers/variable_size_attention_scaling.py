@@ -15,8 +15,8 @@ PAPER = Paper(
         "training. It fits wherever the number of keys has changed."
     ),
     claim=(
-        "Scaling the scores with the logarithm of the number of tokens keeps entropy as in "
-        "training and improves images at sizes above and below it."
+        "Scaling the scores by the root of the ratio of log token numbers, now to training, keeps "
+        "normalised entropy as in training and improves images at sizes above and below it."
     ),
     figures=(
         Figure(
