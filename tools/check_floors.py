@@ -25,7 +25,6 @@ PACKAGE = "attending"
 FLOORS = {
     "__main__": 5,
     "cli": 5,
-    "diagnose": 5,
     "diagnosis": 5,
     "monitor": 5,
     "report": 5,
@@ -41,14 +40,14 @@ FLOORS = {
     "losses": 2,
     "nn": 2,
     "sparse": 2,
-    "tap": 2,
+    "taps": 2,
     "core": 1,
 }
 TOP = max(FLOORS.values())
 
 # (room, room that it may import from), both on one floor, with the reason. Never both ways.
 NEIGHBOURS: set[tuple[str, str]] = {
-    ("losses", "tap"),  # a loss on what a model computes inside has to see it
+    ("losses", "taps"),  # a loss on what a model computes inside has to see it
 }
 
 CORE_MAY_IMPORT = {"jaxtyping", "torch"}

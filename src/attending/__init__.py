@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attending import core as core
+    from attending import papers as papers
     from attending import probes as probes
     from attending import zoo as zoo
     from attending.core import bias as bias
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from attending.core.state import biased_attention_state as biased_attention_state
     from attending.core.state import merge as merge
     from attending.core.state import reweigh as reweigh
-    from attending.diagnose import Diagnosis as Diagnosis
-    from attending.diagnose import Thresholds as Thresholds
-    from attending.diagnose import diagnose as diagnose
-    from attending.tap import AttentionCall as AttentionCall
-    from attending.tap import TapError as TapError
-    from attending.tap import tap as tap
+    from attending.diagnosis import Diagnosis as Diagnosis
+    from attending.diagnosis import Thresholds as Thresholds
+    from attending.diagnosis import diagnose as diagnose
+    from attending.taps import AttentionCall as AttentionCall
+    from attending.taps import TapError as TapError
+    from attending.taps import tap as tap
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "core": ("attending.core", None),
     "bias": ("attending.core.bias", None),
+    "papers": ("attending.papers", None),
     "probes": ("attending.probes", None),
     "zoo": ("attending.zoo", None),
     "statistics": ("attending.core.statistics", None),
@@ -39,12 +41,12 @@ _PUBLIC = {
     "biased_attention_state": ("attending.core.state", "biased_attention_state"),
     "merge": ("attending.core.state", "merge"),
     "reweigh": ("attending.core.state", "reweigh"),
-    "tap": ("attending.tap", "tap"),
-    "AttentionCall": ("attending.tap", "AttentionCall"),
-    "TapError": ("attending.tap", "TapError"),
-    "diagnose": ("attending.diagnose", "diagnose"),
-    "Diagnosis": ("attending.diagnose", "Diagnosis"),
-    "Thresholds": ("attending.diagnose", "Thresholds"),
+    "tap": ("attending.taps", "tap"),
+    "AttentionCall": ("attending.taps", "AttentionCall"),
+    "TapError": ("attending.taps", "TapError"),
+    "diagnose": ("attending.diagnosis", "diagnose"),
+    "Diagnosis": ("attending.diagnosis", "Diagnosis"),
+    "Thresholds": ("attending.diagnosis", "Thresholds"),
 }
 
 __all__ = [*_PUBLIC, "__version__"]

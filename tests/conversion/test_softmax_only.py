@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, GPT
 
 from attending.conversion.softmax_only import fold_for_inference, reduce_nonlinearities
 from attending.losses import EntropyRegularizer
-from attending.tap import tap
+from attending.taps import tap
 
 VARIANTS = {
     "SM+LN+R": {"layer_norm": True, "feed_forward": "relu"},

@@ -20,7 +20,7 @@ from transformers import (
 
 from attending.core import reference
 from attending.losses import EntropyRegularizer, entropy_regularization
-from attending.tap import TapError, tap
+from attending.taps import TapError, tap
 
 
 def llama(**changes) -> LlamaForCausalLM:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from attending.probes.outliers import find_outliers
-from attending.tap import tap
+from attending.taps import tap
 
 MARK, CHANNEL, UNIT = 3, 7, 11  # the token with outliers; where in the stream, and in the MLP
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from attending.core import reference
 from attending.probes.rollout import attention_rollout, rollout_of_calls
-from attending.tap import tap
+from attending.taps import tap
 
 SMALL = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attending.tap import AttentionCall, Proceed, tap
+from attending.taps import AttentionCall, Proceed, tap
 from tests.tap.diffusion_models import DIFFUSION
 from tests.tap.models import LANGUAGE, Example, Seen
 from tests.tap.probes import again, left_as_it_was
@@ -62,9 +62,12 @@ def test_a_call_holds_all_that_its_output_depends_on(example: Example) -> None:
 @torch.no_grad()
 def test_a_handler_reaches_the_output(example: Example) -> None:
     before = example.forward()
-    with left_as_it_was(example.model):
-        with tap(example.model, lambda call, proceed: proceed(call).roll(1, dims=-1) + 1):
-            changed = example.forward()
+
+    def rolled(call: AttentionCall, proceed: Proceed) -> Tensor:
+        return proceed(call).roll(1, dims=-1) + 1
+
+    with left_as_it_was(example.model), tap(example.model, rolled):
+        changed = example.forward()
     assert changed.shape == before.shape
     assert not torch.allclose(changed, before, atol=1e-6)
     assert torch.equal(example.forward(), before)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attending.tap import AttentionCall, Handler, Proceed, tap
+from attending.taps import AttentionCall, Handler, Proceed, tap
 from tests.tap.models import llama_model, t5_model, tokens
 from tests.tap.probes import Toy, ToyAttention, hidden, hotter, left_as_it_was, shifted
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from attending.tap import AttentionCall, Handler, Proceed, tap
+from attending.taps import AttentionCall, Handler, Proceed, tap
 from tests.tap.probes import (
     Toy,
     ToyAttention,
@@ -141,9 +141,9 @@ def test_proceed_may_be_called_never_or_more_than_once() -> None:
     with tap(model, lambda call, proceed: torch.zeros_like(call.query)), tap(model) as inner:
         assert torch.equal(model(x), x)
     assert inner == []
-    with tap(model) as outer, tap(model, lambda call, proceed: proceed(call) + proceed(call)):
-        with tap(model) as inner:
-            model(x)
+    twice = tap(model, lambda call, proceed: proceed(call) + proceed(call))
+    with tap(model) as outer, twice, tap(model) as inner:
+        model(x)
     assert (len(outer), len(inner)) == (1, 2)
 
 

@@ -84,8 +84,8 @@ def diagnose_text(loaded: "LoadedModel", text: str, max_tokens: int = MAX_TOKENS
     import torch
 
     from attending.cli.text import batches
-    from attending.diagnose import diagnose
-    from attending.tap import TapError
+    from attending.diagnosis import diagnose
+    from attending.taps import TapError
 
     prepared = batches(loaded, text, max_tokens)
     if not prepared.whole:

@@ -21,8 +21,8 @@ from attending.diagnosis.problems import (
 from attending.diagnosis.record import HiddenRecord, LayerRecord
 from attending.diagnosis.tokens import TokenReader, decoder_padding, encoder_of, key_ids
 from attending.probes.hidden import outermost, watch_blocks
-from attending.tap import AttentionCall, Proceed, tap
-from attending.tap.where import layer_of
+from attending.taps import AttentionCall, Proceed, tap
+from attending.taps.where import layer_of
 
 PREVIEW = 48  # tokens of the first sequence that are shown
 

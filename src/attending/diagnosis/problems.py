@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attending.tap import AttentionCall
+from attending.taps import AttentionCall
 
 
 class AttentionArguments(TypedDict):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from attending.tap import AttentionCall
+from attending.taps import AttentionCall
 
 TokenClasses = Mapping[str, Collection[int]] | Callable[[str], str]
 

@@ -23,7 +23,7 @@ from torch.utils import checkpoint
 
 from attending.core import statistics
 from attending.losses.entropy_regularization import Semantics, Thresholds, entropy_regularization
-from attending.tap import AttentionCall, Handler, Proceed, tap
+from attending.taps import AttentionCall, Handler, Proceed, tap
 
 
 class _Rows(NamedTuple):

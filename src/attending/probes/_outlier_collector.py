@@ -21,7 +21,7 @@ from attending.probes.outlier_report import (
 )
 from attending.probes.outlier_rules import Criterion, activation_outliers, attention_outliers
 from attending.probes.running import first_tensor
-from attending.tap import AttentionCall, Proceed
+from attending.taps import AttentionCall, Proceed
 
 LAYER_SHARE = 0.25  # LLM.int8: an outlier feature is one in this share of the layers
 

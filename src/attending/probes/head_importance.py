@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attending.probes.running import as_batches, evaluating, first_tensor, run_model
-from attending.tap import AttentionCall, Proceed, tap
+from attending.taps import AttentionCall, Proceed, tap
 
 Loss = Callable[[Any, Any], Float[Tensor, ""]]
 

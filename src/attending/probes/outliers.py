@@ -31,7 +31,7 @@ from attending.probes.outlier_rules import (
     weight_outlier_ratios,
 )
 from attending.probes.running import as_batches, evaluating, run_model
-from attending.tap import tap
+from attending.taps import tap
 
 
 def find_outliers(

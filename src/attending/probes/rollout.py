@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from attending.core.statistics import received_features, row_summary
 from attending.probes.running import evaluating, run_model
-from attending.tap import AttentionCall, tap
+from attending.taps import AttentionCall, tap
 
 Queries = int | Sequence[int] | Int[Tensor, " chosen"] | Int[Tensor, "batch chosen"]
 

@@ -140,12 +140,18 @@ def repetition(pooled: Map) -> tuple[int, float]:
         shift: _correlation(pooled[:, :-shift], pooled[:, shift:])
         for shift in range(1, size // 2 + 1)
     }
-    best = (0, 0.0)
-    for period in range(2, size // 2 + 1):
-        valley = min(correlations[shift] for shift in range(1, period))
-        if correlations[period] > best[1] and valley < 0.5 * correlations[period]:
-            best = (period, correlations[period])
-    return best
+    periods = [
+        period
+        for period in range(2, size // 2 + 1)
+        if min(correlations[shift] for shift in range(1, period)) < 0.5 * correlations[period]
+        and correlations[period] > 0
+    ]
+    if not periods:
+        return 0, 0.0
+    # What repeats after 4 repeats after 8, too, and chance may make that look better.
+    enough = 0.98 * max(correlations[period] for period in periods)
+    period = next(period for period in periods if correlations[period] >= enough)
+    return period, correlations[period]
 
 
 def _correlation(one: Map, other: Map) -> float:

@@ -1,12 +1,4 @@
-"""See what attention does in a model: statistics of every layer and head, and findings.
-
->>> import attending as at
->>> llama = at.zoo.load("llama-stdlib")
->>> inputs = llama.tokenizer("def attention(query, key, value):", return_tensors="pt")
->>> diagnosis = at.diagnose(llama.model, inputs, tokenizer=llama.tokenizer)
->>> print(diagnosis)                     # findings with thresholds and sources  # doctest: +SKIP
->>> diagnosis.to_html("llama.html")      # one page that works offline           # doctest: +SKIP
-"""
+"""The diagnosis of a model: inputs in, statistics as it runs, findings drawn from them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,28 +11,9 @@ from attending import __version__
 from attending.diagnosis.collect import Collector, evaluating
 from attending.diagnosis.findings import find
 from attending.diagnosis.inputs import Forward, as_batches, device_of, run, to_device
-from attending.diagnosis.record import (
-    STATISTICS,
-    Diagnosis,
-    Evidence,
-    Finding,
-    HiddenRecord,
-    LayerRecord,
-    TopKey,
-)
+from attending.diagnosis.record import STATISTICS, Diagnosis
 from attending.diagnosis.thresholds import Thresholds
 from attending.diagnosis.tokens import TokenClasses, TokenReader
-
-__all__ = [
-    "Diagnosis",
-    "Evidence",
-    "Finding",
-    "HiddenRecord",
-    "LayerRecord",
-    "Thresholds",
-    "TopKey",
-    "diagnose",
-]
 
 # `max_probability` has no fused form and costs as much as an eager map, so it is only on request.
 DEFAULT_STATISTICS = tuple(name for name in STATISTICS if name != "max_probability")

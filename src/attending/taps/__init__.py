@@ -16,8 +16,8 @@ which module of the model made it. Nothing is registered, subclassed or patched 
         model.generate(**inputs)
 """
 
-from attending.tap.call import AttentionCall, Handler, Proceed
-from attending.tap.refusal import TapError, TapWarning
-from attending.tap.session import Tap, tap
+from attending.taps.call import AttentionCall, Handler, Proceed
+from attending.taps.refusal import TapError, TapWarning
+from attending.taps.session import Tap, tap
 
 __all__ = ["tap", "Tap", "AttentionCall", "Handler", "Proceed", "TapError", "TapWarning"]

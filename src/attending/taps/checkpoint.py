@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from attending.tap.call import Link, bind, run
+from attending.taps.call import Link, bind, run
 
 
 class OpenTap(Protocol):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from attending.tap.call import AttentionCall, Handler, Link, Proceed, Site
-from attending.tap.checkpoint import Interceptor, open_regions
-from attending.tap.refusal import (
+from attending.taps.call import AttentionCall, Handler, Link, Proceed, Site
+from attending.taps.checkpoint import Interceptor, open_regions
+from attending.taps.refusal import (
     TapError,
     TapWarning,
     refuse_what_bypasses,
     why_missed,
     why_no_call,
 )
-from attending.tap.where import Running, is_cross, places
+from attending.taps.where import Running, is_cross, places
 
 Yielded = TypeVar("Yielded", list[AttentionCall], None)
 

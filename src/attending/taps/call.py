@@ -41,7 +41,7 @@ class AttentionCall:
         enable_gqa: each key head is shared by a group of neighbouring query heads.
         is_cross: whether the keys come from another sequence than the queries, and only from
             there. Joint attention over two streams (SD3, Flux) is self-attention over both. See
-            `attending.tap.where` for how that is known; it is never guessed from lengths.
+            `attending.taps.where` for how that is known; it is never guessed from lengths.
         index: number of this call within its forward, from 0.
         forward: number of the forward within the tap, from 0. A forward is an outermost call of
             the model or of a part of it (`generate` calls the encoder of a T5 on its own) that

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attending.tap.where import ATTENTION
+from attending.taps.where import ATTENTION
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _BYPASS = re.compile("eager|flash|flex")  # the names of transformers' other implementations
@@ -44,7 +44,7 @@ def _refuse_compiled(model: nn.Module, name: str, module: nn.Module) -> None:
     if type(module).__module__.startswith("torch._dynamo"):
         raise ValueError(
             f"{label} was compiled by torch.compile, and a tap does not see into compiled code; "
-            "tap and run the original, `model._orig_mod`"
+            "tap and run the original, which it keeps as `_orig_mod`"
         )
     if module._compiled_call_impl is not None or hasattr(
         module.__dict__.get("forward"), "_torchdynamo_orig_callable"
@@ -144,7 +144,7 @@ def why_no_call(model: nn.Module, ran: bool, elsewhere: bool, missed: dict[str, 
             )
         return message
     message = f"the tap saw no attention call: {kind} ran, but never called {SDPA}"
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    implementation = _implementation(model)
     if implementation is not None:
         message += f' (config._attn_implementation is "{implementation}")'
     return f"{message}. {_advice(model, missed)}"
@@ -163,22 +163,26 @@ def _advice(model: nn.Module, missed: dict[str, nn.Module]) -> str:
     if any(isinstance(module, nn.MultiheadAttention) for module in missed.values()):
         advice.append("call nn.MultiheadAttention with need_weights=False")
     others = [m for m in missed.values() if not isinstance(m, nn.MultiheadAttention)]
-    if hasattr(model, "set_attn_implementation"):
-        if getattr(model.config, "_attn_implementation", None) != "sdpa":
-            advice.append('call model.set_attn_implementation("sdpa")')
-        elif others:
-            advice.append("its attention has no other code in this version of transformers")
-    elif hasattr(model, "set_attn_processor") or hasattr(model, "set_attention_backend"):
+    implementation = next(filter(None, map(_implementation, (model, *others))), None)
+    if hasattr(model, "set_attn_processor") or hasattr(model, "set_attention_backend"):
         advice.append(
             "call model.set_attn_processor(AttnProcessor2_0()), or "
             'model.set_attention_backend("native")'
         )
-    elif others:
-        advice.append("only attention that calls this function can be tapped")
+    elif implementation == "sdpa" and others:
+        advice.append("its attention has no other code in this version of transformers")
+    elif implementation not in (None, "sdpa") and (
+        _can_use_sdpa(model) or not hasattr(model, "set_attn_implementation")  # a part of a model
+    ):
+        advice.append('call model.set_attn_implementation("sdpa")')
     if not advice:
         return "Only attention that calls this function can be tapped."
     text = " or ".join(advice)
     return text[0].upper() + text[1:] + "."
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def _names(modules: dict[str, nn.Module]) -> str:
