@@ -22,8 +22,13 @@ def raises(*_: object) -> None:
     raise Broken
 
 
+class Raising(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise Broken
+
+
 def break_model(model: Toy) -> Callable[[], None]:
-    model.layers[1].qkv, kept = nn.Identity(), model.layers[1].qkv
+    kept, model.layers[1].qkv = model.layers[1].qkv, Raising()
     return lambda: setattr(model.layers[1], "qkv", kept)
 
 
@@ -65,7 +70,7 @@ def test_an_exception_ends_the_block_without_a_trace(
     model = Toy(3)
     with left_as_it_was(model):
         mends = [break_it(model)] if early else []
-        with pytest.raises((Broken, ValueError)), tap(model) as calls:
+        with pytest.raises(Broken), tap(model) as calls:
             break_and_run(mends, break_it, model)
         mends[0]()
     assert calls[0].name == "layers.0"
@@ -78,7 +83,7 @@ def test_an_exception_caught_within_the_block_does_not_shift_what_follows(
     model, x = Toy(3), hidden()
     with left_as_it_was(model), tap(model) as calls:
         mend = break_it(model)
-        with pytest.raises((Broken, ValueError)):
+        with pytest.raises(Broken):
             model(x)
         mend()
         count, forward = len(calls), calls[-1].forward
