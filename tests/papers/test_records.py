@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from attending.papers import Figure, Reproduction, Rule, Series, Spread, Summary
@@ -95,6 +95,8 @@ def test_reproduction_survives_json(
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=6))
+@example([1.7976931348623157e308] * 2)
+@example([1.7976931348623157e308] * 3)
 def test_spread_never_fails(values: list[float]) -> None:
     spread = Spread.of(values)
     if all(math.isfinite(value) for value in values):

@@ -262,3 +262,15 @@ def test_source_edited_during_a_run(pi_experiment: Experiment, tmp_path: Path, l
     run_experiments([experiment], scale="smoke", out_dir=tmp_path, picture=False)
     run_experiments([experiment], scale="smoke", out_dir=tmp_path, picture=False)
     assert len(started(log)) == 2
+
+
+def test_sources_follow_the_symbols(with_pi: Path) -> None:
+    """To the file where a symbol is written, though it is exported from the package."""
+    (with_pi.parent / "_pi_points_experiment.py").write_text("x = 1\n")
+    text = with_pi.read_text()
+    with_pi.write_text(
+        text.replace('("random.Random",),\n    rule', '("attending.merge",),\n    rule')
+    )
+    module = papers._module("pi-points")
+    names = [source.name for source in Experiment.of_module(module).sources]
+    assert sorted(names) == ["_pi_points_experiment.py", "pi_points.py", "state.py"]

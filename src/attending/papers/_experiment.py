@@ -2,9 +2,9 @@
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import json
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,12 @@ class Experiment:
     def of_module(cls, module: ModuleType) -> "Experiment":
         """The experiment of a paper's module, with the sources that it depends on.
 
-        These are the module itself, `_<its name>_*.py` beside it, and the modules of its symbols.
+        These are the module itself, `_<its name>_*.py` beside it, and the files in which its
+        symbols are written.
 
         Raises:
             ValueError: The paper is planned, or its module lacks `reproduce`.
+            ImportError, AttributeError: A symbol is not there.
         """
         paper: Paper = module.PAPER
         reproduce: Reproduce | None = getattr(module, "reproduce", None)
@@ -96,17 +98,13 @@ class Experiment:
 
 
 def _source_of(dotted: str) -> Path | None:
-    """The file of the module in which the dotted name lies."""
-    name = dotted
-    while "." in name:
-        try:
-            spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # a parent is no package: the name is a class or function
-            spec = None
-        if spec is not None:
-            return None if spec.origin is None else Path(spec.origin)
-        name = name.rpartition(".")[0]
-    return None
+    """The file in which a symbol is written, wherever else it may be exported from."""
+    symbol = pkgutil.resolve_name(dotted)
+    try:
+        found = inspect.getsourcefile(symbol)
+    except TypeError:  # a constant, or something compiled
+        return None
+    return None if found is None else Path(found)
 
 
 def _what_computes(path: Path) -> str:

@@ -66,7 +66,7 @@ When it is built, five things change:
 Only `attending.papers` and the standard library are imported at the top of a paper's module, so
 that `attending papers` answers at once; what the experiment needs is imported in `reproduce`. An
 experiment that fills a page lives in `papers/_<slug with underscores>_<word>.py`; its source counts
-for the fingerprint too, and so do the modules of `symbols`.
+for the fingerprint too, and so do the files of `symbols`.
 
 Then `attending reproduce SLUG --scale small --out docs/evidence/results` writes what the docs show,
 and `make evidence` its page.

@@ -51,7 +51,7 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
         deviation = statistics.stdev(values) if len(values) > 1 else math.nan
         return statistics.fmean(values), deviation
     except OverflowError:  # a loss on its way to infinity
-        return math.fsum(value / len(values) for value in values), math.inf
+        return sum(value / len(values) for value in values), math.inf
 
 
 @dataclass(frozen=True)
