@@ -11,7 +11,7 @@ from attending.core import statistics
 from attending.core.statistics._call import prepare
 from attending.core.statistics.columns import visible_queries
 from attending.diagnosis.problems import Problem
-from attending.diagnosis.record import LayerRecord, TopKey
+from attending.diagnosis.record import STATISTICS, LayerRecord, TopKey
 from attending.diagnosis.tokens import TokenReader, class_indices
 
 TOP_KEYS = 8  # that are reported of a head
@@ -71,25 +71,31 @@ class HeadStatistics:
             first_sequence: the number of the batch's first sequence among all sequences.
         """
         query, key, arguments = problem.query, problem.key, problem.arguments
-        self.head_dim, rows = query.shape[-1], query.shape[0] * query.shape[2]
+        self.head_dim = query.shape[-1]
         self.is_causal &= arguments["is_causal"]
         self.longest = max(self.longest, key.shape[2])
+        summary = statistics.map_summary(
+            query,
+            key,
+            size=self._map_size(query.shape[2], key.shape[2]),
+            with_max_probability="max_probability" in self.wanted,
+            with_participation_ratio="effective_keys" in self.wanted,
+            **arguments,
+        )
         call = prepare(query, key, **arguments)
-        summary = statistics.row_summary(query, key, **arguments)
-        lse, entropy = summary.lse, summary.entropy
-        self._mean("entropy", entropy.sum((0, 2)), rows)
-        if "normalized_entropy" in self.wanted:
-            count = call.visible_keys().expand(entropy.shape)
-            share = torch.where(count > 1, entropy / count.clamp_min(2).log(), 0.0)
-            self._mean("normalized_entropy", share.sum((0, 2)), (count > 1).sum((0, 2)))
-        if "effective_keys" in self.wanted:
-            keys = statistics.participation_ratio(query, key, **arguments, lse=lse)
-            self._mean("effective_keys", keys.sum((0, 2)), rows)
-        if "max_probability" in self.wanted:
-            top = statistics.max_probability(query, key, **arguments)
-            self._mean("max_probability", top.sum((0, 2)), rows)
+        self._rows(summary, call.visible_keys())
+        self._columns(problem, summary.mass)
+        if summary.pooled is not None:
+            self._mean("pooled", summary.pooled.sum(0), query.shape[0])
+        importance = summary.mass / visible_queries(call).clamp_min(1.0)
+        enough = visible_queries(call) >= max(1.0, query.shape[2] / OLD_ENOUGH)
+        judged = importance.where(enough, 0.0)
+        self._mean("sink", judged.amax(-1).sum(0), query.shape[0])
+        self._note_strongest(judged.detach().cpu(), ids, problem, first_sequence)
+        if ids is not None and self.reader.has_classes:
+            self._add_classes(summary.mass.detach().double().cpu(), ids)
+            self._class_rows += query.shape[0] * query.shape[2]
         self._sequences += query.shape[0]
-        self._columns(problem, lse, ids, first_sequence)
 
     def add_outputs(self, output: Float[Tensor, "batch heads queries dim"]) -> None:
         """Take in the outputs of the heads, without padding, until there are enough samples."""
@@ -113,7 +119,7 @@ class HeadStatistics:
             for name in self._sums
             if name != "pooled"
         }
-        found = {name: means[name] for name in self.wanted if name in means}
+        found = {name: means[name] for name in STATISTICS if name in self.wanted & means.keys()}
         similarity: list[list[float]] = []
         if self.similarity is not None:
             similarity = self.similarity.tolist()
@@ -149,38 +155,36 @@ class HeadStatistics:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._weights[name] += weight
 
-    def _columns(
-        self, problem: Problem, lse: Tensor, ids: Tensor | None, first_sequence: int
-    ) -> None:
-        """What the keys receive, and with it all that follows from the columns of the map."""
-        query, key, arguments = problem.query, problem.key, problem.arguments
-        batch, queries = lse.shape[0], lse.shape[2]
-        longest = max(queries, key.shape[2])
+    def _map_size(self, queries: int, keys: int) -> int | None:
+        """Buckets per side, the same for all sequences; None if that would leave holes."""
         known = self._sums.get("pooled")
-        size = min(self.map_size, longest) if known is None else known.shape[-1]
-        large_enough = min(queries, key.shape[2]) >= size
-        columns = statistics.column_summary(
-            query, key, lse, size=size if large_enough else None, with_entropy=False, **arguments
-        )
-        if columns.pooled is not None:
-            self._mean("pooled", columns.pooled.sum(0), batch)
-        mass = columns.mass
+        size = min(self.map_size, max(queries, keys)) if known is None else known.shape[-1]
+        return size if min(queries, keys) >= size else None
+
+    def _rows(self, summary: statistics.MapSummary, visible: Tensor) -> None:
+        batch, queries = summary.lse.shape[0], summary.lse.shape[2]
+        self._mean("entropy", summary.entropy.sum((0, 2)), batch * queries)
+        if summary.participation_ratio is not None:
+            self._mean("effective_keys", summary.participation_ratio.sum((0, 2)), batch * queries)
+        if summary.max_probability is not None:
+            self._mean("max_probability", summary.max_probability.sum((0, 2)), batch * queries)
+        if "normalized_entropy" in self.wanted:
+            visible = visible.expand(summary.entropy.shape)
+            share = torch.where(visible > 1, summary.entropy / visible.clamp_min(2).log(), 0.0)
+            self._mean("normalized_entropy", share.sum((0, 2)), (visible > 1).sum((0, 2)))
+
+    def _columns(self, problem: Problem, mass: Float[Tensor, "batch heads keys"]) -> None:
+        query, key, arguments = problem.query, problem.key, problem.arguments
+        batch, queries = query.shape[0], query.shape[2]
         self._mean("first_token", mass[..., 0].sum(0), batch * queries)
         if self.kind == "self" and "mean_distance" in self.wanted:
             if arguments["is_causal"] and queries == key.shape[2]:
+                # The mean distance is the mean position less the mean position that is looked at.
                 position = torch.arange(queries, device=mass.device, dtype=mass.dtype)
                 distance = batch * position.sum() - (mass * position).sum((0, 2))
             else:
                 distance = statistics.mean_distance(query, key, **arguments).sum((0, 2))
             self._mean("mean_distance", distance.clamp_min(0.0), batch * queries)
-        seen = visible_queries(prepare(query, key, **arguments))
-        importance = mass / seen.clamp_min(1.0)
-        judged = importance.masked_fill(seen < max(1.0, queries / OLD_ENOUGH), 0.0)
-        self._mean("sink", judged.amax(-1).sum(0), batch)
-        self._note_strongest(judged.detach().cpu(), ids, problem, first_sequence)
-        if ids is not None and self.reader.has_classes:
-            self._add_classes(mass.detach().double().cpu(), ids)
-            self._class_rows += batch * queries
 
     def _add_classes(self, mass: Tensor, ids: Tensor) -> None:
         classes = class_indices(self.reader, ids, self._class_names)
