@@ -1,4 +1,4 @@
-"""Diagnoses of models that do not exist, with numbers that come from real (small) attention maps."""
+"""Diagnoses of models that do not exist, with numbers from real (small) attention maps."""
 
 import math
 from typing import Literal
@@ -19,8 +19,8 @@ IMAGE = "<img src=x onerror=window.__pwned=2>"
 MARKUP = "[red]"
 TOKENS = [
     "[CLS]", SCRIPT, MARKUP, "[/]", "The", " cat", " sat", "\n", " on", " the", " mat", ".", "\n\n",
-    IMAGE, "&amp;", " <b>", "\t", " Schrödinger", "’s", " 猫", " was", "\u202eevil", " asleep", "]]>",
-    " again", ",", " and", " no", " one", " looked", "\x1b[31m", "[SEP]",
+    IMAGE, "&amp;", " <b>", "\t", " Schrödinger", "’s", " 猫", " was", "\u202eevil", " asleep",
+    "]]>", " again", ",", " and", " no", " one", " looked", "\x1b[31m", "[SEP]",
 ]  # fmt: skip
 Kind = Literal["self", "cross"]
 Array = np.ndarray
@@ -109,10 +109,7 @@ def layer(
         received[tokens * 3 // 4 :] *= 0.5
         best = np.argsort(-received)[:8]
         keys.append(
-            [
-                TopKey(TOKENS[p % len(TOKENS)], int(p), int(p) % 3, float(received[p]))
-                for p in best
-            ]
+            [TopKey(TOKENS[p % len(TOKENS)], int(p), int(p) % 3, float(received[p])) for p in best]
         )
     special = [float(m[:, [0, tokens - 1]].sum(1).mean()) for m in maps]
     stops = [float(m[:, 11::12].sum(1).mean()) for m in maps]
@@ -238,9 +235,7 @@ def encoder_decoder(size: int = 32) -> Diagnosis:
     for i in range(6):
         heads = 5 if i == 2 else 8
         stem = f"model.decoder.layers.{i}"
-        layers.append(
-            layer(rng, f"{stem}.self_attn", i, heads, i / 5, causal=True, size=size)
-        )
+        layers.append(layer(rng, f"{stem}.self_attn", i, heads, i / 5, causal=True, size=size))
         layers.append(layer(rng, f"{stem}.encoder_attn", i, 8, i / 5, kind="cross", size=size))
     blocks = [hidden(f"model.encoder.layers.{i}", i, i / 5) for i in range(6)]
     blocks += [hidden(f"model.decoder.layers.{i}", i, i / 6) for i in range(6)]
@@ -262,9 +257,7 @@ def large() -> Diagnosis:
     """80 layers of 64 heads, causal, with smaller maps."""
     rng = np.random.default_rng(2)
     made = [
-        layer(
-            rng, f"model.layers.{i}.self_attn", i, 64, i / 80, causal=True, size=16, tokens=32
-        )
+        layer(rng, f"model.layers.{i}.self_attn", i, 64, i / 80, causal=True, size=16, tokens=32)
         for i in range(80)
     ]
     blocks = [hidden(f"model.layers.{i}", i, i / 80) for i in range(80)]

@@ -49,6 +49,7 @@ def render(diagnosis: Diagnosis) -> str:
             data=embed_json(page_data(diagnosis)),
             d=diagnosis,
             shape=shape_in_words(diagnosis) if diagnosis.layers else "none",
+            has_heads=any(layers.values()),
             severities=severities_in_words(diagnosis.findings),
             findings=[
                 {
@@ -75,8 +76,11 @@ def embed_json(data: object) -> str:
 
 
 def link(name: str, head: int) -> str:
-    """The fragment of the page's address that selects a head."""
-    return f"#{quote(name, safe='')}/{head}"
+    """The fragment of the page's address that selects a head.
+
+    It has the name as it is printed: what cannot be written in UTF-8 cannot stand in an address.
+    """
+    return f"#{quote(printable(name), safe='')}/{head}"
 
 
 def _shown(finding: Finding) -> tuple[Evidence, ...]:

@@ -18,10 +18,12 @@ from attending.report.text import count, number, plural, printable
 
 _MAPS = ("entropy", "sink")
 _SEVERITY_COLOURS = {"critical": "#d4483b", "warning": "#c9822b", "info": "#4a86c5"}
-# From nothing to much, readable on white and on black alike.
-_RAMP = ("#8f92a040", "#71bf99", "#27ac9a", "#099399", "#077893", "#045e8e", "#174285", "#2b2f7d")
+# One colour, from nearly clear to full: what is much stands out on white and on black alike.
+_COLOUR = "#1f86d1"
+_RAMP = (0.1, 0.2, 0.32, 0.45, 0.58, 0.72, 0.86, 1.0)
 _FEW = 6  # findings that are told in full
 
+_READING = "Layers run downward, heads to the right. "
 _QUIET = "opacity:.68"
 _FONT = "font:13px/1.5 ui-sans-serif,system-ui,-apple-system,'Segoe UI',Roboto,sans-serif"
 
@@ -49,19 +51,19 @@ def render_inline(diagnosis: Diagnosis) -> str:
         f"{escape(severities_in_words(findings)) or 'Findings'}</div>"
         f'<ul style="list-style:none;margin:0;padding:0">{told}</ul>'
         f'<div style="display:flex;flex-wrap:wrap;gap:1.2em 2.4em;margin:1em 0">{maps}</div>'
-        f'<div style="{_QUIET}">Every head, its map and its strongest keys: '
-        f"<code>.to_html(path)</code></div></div>"
+        f'<div style="{_QUIET}">{_READING if maps else ""}'
+        f"Every head, its map and its strongest keys: <code>.to_html(path)</code></div></div>"
     )
 
 
 def _finding(finding: Finding) -> str:
     colour = _SEVERITY_COLOURS[finding.severity]
+    source = f", from {escape(printable(finding.source))}" if finding.source else ""
     return (
         f'<li style="margin:.5em 0;padding-left:.8em;border-left:3px solid {colour}">'
         f'<span style="color:{colour};font-weight:600">{SEVERITY_WORDS[finding.severity]}</span> '
         f"<b>{escape(printable(finding.title))}</b><br>{escape(printable(finding.summary))}<br>"
-        f'<span style="{_QUIET}">{escape(printable(finding.threshold))} '
-        f"({escape(printable(finding.source))})</span></li>"
+        f'<span style="{_QUIET}">{escape(printable(finding.threshold))}{source}</span></li>'
     )
 
 
@@ -81,9 +83,20 @@ def _map(diagnosis: Diagnosis, name: str) -> str:
         f"{_picture(stack, values, low, high, f'{statistic.label}, layers by heads')}</div>"
         for stack in stacks
     )
+    ramp = "".join(
+        f'<span style="display:inline-block;width:.7em;height:.7em;background:{_COLOUR};'
+        f'opacity:{opacity}"></span>'
+        for opacity in _RAMP
+    )
+    ends = [
+        f"{number(100 * end)} %" if statistic.unit == "share" else number(end)
+        for end in (low, high)
+    ]
+    unit = "" if statistic.unit == "share" else f" {statistic.unit}"
     return (
-        f'<div><div><b>{statistic.label}</b> <span style="{_QUIET}">{number(low)} to '
-        f"{number(high)} {statistic.unit}; layers downward, heads to the right</span></div>"
+        f"<div><div><b>{statistic.label}</b> &nbsp;"
+        f'<span style="{_QUIET}">{ends[0]}</span> {ramp} '
+        f'<span style="{_QUIET}">{ends[1]}{unit}</span></div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:.6em 1em;align-items:start">{pictures}</div>'
         "</div>"
     )
@@ -92,20 +105,21 @@ def _map(diagnosis: Diagnosis, name: str) -> str:
 def _picture(
     stack: Stack, values: list[list[float | None]], low: float, high: float, label: str
 ) -> str:
-    """Squares as one path per colour, so that 80 layers of 64 heads stay small."""
-    paths: dict[str, list[str]] = {}
-    width = max(len(values[row.index]) for row in stack.rows)
+    """Squares as strokes of one path per shade, so that 80 layers of 64 heads stay small."""
+    paths: dict[float, list[str]] = {}
+    width = max(max(len(values[row.index]) for row in stack.rows), 1)
     for y, row in enumerate(stack.rows):
         for x, value in enumerate(values[row.index]):
             if value is None:
                 continue
             share = min(max((value - low) / (high - low), 0), 1)
-            colour = _RAMP[min(math.floor(share * len(_RAMP)), len(_RAMP) - 1)]
-            paths.setdefault(colour, []).append(f"M{x} {y}h.92v.92h-.92z")
-    squares = "".join(f'<path fill="{fill}" d="{"".join(d)}"/>' for fill, d in paths.items())
+            opacity = _RAMP[min(math.floor(share * len(_RAMP)), len(_RAMP) - 1)]
+            paths.setdefault(opacity, []).append(f"M{x} {y}h.92")
+    squares = "".join(f'<path opacity="{o}" d="{"".join(d)}"/>' for o, d in paths.items())
     height = len(stack.rows)
     side = max(3.0, min(14.0, 320 / max(width, height)))
     return (
-        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" '
-        f'width="{width * side:.0f}" height="{height * side:.0f}">{squares}</svg>'
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 -.5 {width} {height}" '
+        f'width="{width * side:.0f}" height="{height * side:.0f}" '
+        f'stroke="{_COLOUR}" stroke-width=".92" fill="none">{squares}</svg>'
     )

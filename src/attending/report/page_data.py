@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from attending.diagnosis.record import STATISTICS, Diagnosis, LayerRecord, Statistic
-from attending.report.stacks import by_severity, group, kind_in_words, stacks_of
+from attending.diagnosis.record import STATISTICS, Diagnosis, Finding, LayerRecord, Statistic
+from attending.report.stacks import by_severity, group, kind_in_words, short_names, stacks_of
 from attending.report.text import printable, rounded, visible
 
 
@@ -29,31 +29,26 @@ def page_data(diagnosis: Diagnosis) -> dict[str, object]:
                 "prefix": printable(stack.prefix),
                 "kind": kind_in_words(layers, stack),
                 "heads": max(layers[row.index].num_heads for row in stack.rows),
-                "rows": [{"layer": row.index, "label": row.label} for row in stack.rows],
+                "rows": [{"layer": row.index, "label": printable(row.label)} for row in stack.rows],
             }
             for stack in stacks
         ],
         "layers": [_layer(layer) for layer in layers],
         "blocks": [
             {
-                "prefix": printable(stack.prefix),
+                "prefix": printable(name),
                 "rows": [
-                    {"label": row.label, **_hidden(diagnosis, row.index)} for row in stack.rows
+                    {"label": printable(row.label), **_hidden(diagnosis, row.index)}
+                    for row in stack.rows
                 ],
             }
-            for stack in blocks
+            for stack, name in zip(blocks, short_names([b.prefix for b in blocks]), strict=True)
         ],
         "findings": [
             {
                 "title": printable(finding.title),
                 "severity": finding.severity,
-                "heads": sorted(
-                    {
-                        (rank[evidence.where], evidence.head)
-                        for evidence in finding.evidence
-                        if evidence.head is not None and evidence.where in rank
-                    }
-                ),
+                "heads": _heads_named(finding, rank, layers),
             }
             for finding in by_severity(diagnosis.findings)
         ],
@@ -92,10 +87,24 @@ def values_of(layer: LayerRecord, statistic: str) -> list[float | None]:
     return known + [None] * (layer.num_heads - len(known))
 
 
+def _heads_named(
+    finding: Finding, rank: dict[str, int], layers: Sequence[LayerRecord]
+) -> list[tuple[int, int]]:
+    """Layer and head of the evidence, in its order: the page opens with the first of them."""
+    named = [
+        (rank[evidence.where], evidence.head)
+        for evidence in finding.evidence
+        if evidence.head is not None and evidence.where in rank
+    ]
+    return [
+        (layer, head) for layer, head in dict.fromkeys(named) if 0 <= head < layers[layer].num_heads
+    ]
+
+
 def _layer(layer: LayerRecord) -> dict[str, object]:
     names = [*layer.statistics, *(f"mass_{name}" for name in layer.class_mass)]
     return {
-        "name": layer.name,
+        "name": printable(layer.name),
         "heads": layer.num_heads,
         "head_dim": layer.head_dim,
         "values": {name: values_of(layer, name) for name in names},

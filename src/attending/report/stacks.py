@@ -79,7 +79,10 @@ def _labels(names: Sequence[_Name]) -> list[str]:
     """The shortest names that tell the rows of a stack apart: their numbers, where they differ."""
     width = {len(name.numbers) for name in names}
     if width == {0} or len(width) > 1:
-        labels = [".".join((*name.numbers, name.suffix)).replace("*.", "") for name in names]
+        labels = [
+            ".".join((*name.numbers, *(part for part in name.suffix.split(".") if part != "*")))
+            for name in names
+        ]
     else:
         columns = list(zip(*(name.numbers for name in names), strict=True))
         # A number that is the same everywhere says nothing; the first one is what people count by.
@@ -102,17 +105,39 @@ def kind_in_words(layers: Sequence[LayerRecord], stack: Stack) -> str:
     return f"{stack.kind}-attention" + (", causal" if causal else "")
 
 
+def short_names(prefixes: Sequence[str]) -> list[str]:
+    """What tells module names apart: `encoder` and `decoder`, for `model.encoder.layers` and such.
+
+    A name that stands alone keeps all of its parts, and every name keeps at least one.
+    """
+    paths = [prefix.split(".") for prefix in prefixes]
+    distinct = list({prefix: prefix.split(".") for prefix in prefixes if prefix}.values())
+    first, last = 0, 0
+    if len(distinct) > 1:
+        spare = min(map(len, distinct)) - 1
+        while first < spare and len({path[first] for path in distinct}) == 1:
+            first += 1
+        while first + last < spare and len({path[-1 - last] for path in distinct}) == 1:
+            last += 1
+    return [".".join(path[first : len(path) - last]) for path in paths]
+
+
 def places(diagnosis: Diagnosis) -> Callable[[str], str]:
-    """How to call a module in a list: `layer 3`, and with its stack where there are several."""
+    """How to call a module in a list: `layer 3`; where there are several stacks, with what tells
+    the stack apart: `decoder cross, layer 3`.
+    """
     stacks = stacks_of(diagnosis)
+    prefixes = [stack.prefix for stack in stacks]
+    one_prefix = len(set(prefixes)) == 1
     short = {}
-    for stack in stacks:
+    for stack, name in zip(stacks, short_names(prefixes), strict=True):
+        if one_prefix:
+            where = stack.kind if len(stacks) > 1 else ""
+        else:
+            where = f"{name} cross".strip() if stack.kind == "cross" else name
         for row in stack.rows:
-            named = not row.label[:1].isdigit()
-            text = row.label if named else f"layer {row.label}"
-            if len(stacks) > 1 and stack.prefix:
-                cross = " cross" if stack.kind == "cross" else ""
-                text = f"{stack.prefix}{cross}, {text}"
+            text = f"layer {row.label}" if row.label[:1].isdigit() else row.label
+            text = f"{where}, {text}" if where else text
             short[diagnosis.layers[row.index].name] = printable(text)
     return lambda name: short.get(name, printable(name))
 

@@ -19,12 +19,13 @@ from attending.report.stacks import (
 from attending.report.text import count, number, plural, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, OverflowMethod, RenderableType
     from rich.table import Table
     from rich.text import Text
 
 _FEW = 3  # pieces of evidence per finding
 _ROWS = 24  # layers of a stack that get a line
+_NUMBER = 6  # characters of a number
 _STYLES = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 # The columns of the table; a bar stands for the share of the largest value that there could be.
 _COLUMNS = {
@@ -49,9 +50,10 @@ def as_text(diagnosis: Diagnosis) -> str:
         for line in _told(finding):
             lines += textwrap.wrap(line, 96, initial_indent="  ", subsequent_indent="    ")
         for evidence in finding.evidence[:_FEW]:
-            lines.append(f"  - {_where(evidence, place(evidence.where))}: {_what(evidence)}")
+            line = f"{_where(evidence, place(evidence.where))}: {_what(evidence)}"
+            lines += textwrap.wrap(line, 96, initial_indent="  - ", subsequent_indent="    ")
         if len(finding.evidence) > _FEW:
-            lines.append(f"  - and {len(finding.evidence) - _FEW} more")
+            lines.append(f"  - and {count(len(finding.evidence) - _FEW)} more")
     return "\n".join([*lines, "", _HINT])
 
 
@@ -63,13 +65,14 @@ def print_report(diagnosis: Diagnosis, console: "Console | None" = None) -> None
     from rich.console import Console, Group
     from rich.padding import Padding
     from rich.panel import Panel
+    from rich.text import Text
 
     console = console or Console()
     say = _Speaker(console)
     console.print(
         Panel(
             say(_facts(diagnosis)),
-            title=say(printable(diagnosis.model), "bold"),
+            title=say(printable(diagnosis.model), "bold not dim"),
             title_align="left",
             border_style="dim",
             padding=(0, 1),
@@ -82,20 +85,17 @@ def print_report(diagnosis: Diagnosis, console: "Console | None" = None) -> None
         parts: list[RenderableType] = [say(line) for line in _told(finding)[:1]]
         parts += [say(line, "dim") for line in _told(finding)[1:]]
         for evidence in finding.evidence[:_FEW]:
-            parts.append(
-                say(f"{_where(evidence, place(evidence.where))}  ", "cyan") + say(_what(evidence))
-            )
+            where = say(f"{_where(evidence, place(evidence.where))}  ", "cyan")
+            parts.append(Text.assemble(where, say(_what(evidence))))
         if len(finding.evidence) > _FEW:
-            parts.append(say(f"and {len(finding.evidence) - _FEW} more", "dim"))
-        style = _STYLES[finding.severity]
+            parts.append(say(f"and {count(len(finding.evidence) - _FEW)} more", "dim"))
+        severity = say(f"{SEVERITY_WORDS[finding.severity]}  ", _STYLES[finding.severity])
         console.print()
-        console.print(
-            say(f"{SEVERITY_WORDS[finding.severity]}  ", style)
-            + say(printable(finding.title), "bold")
-        )
+        console.print(Text.assemble(severity, say(printable(finding.title), "bold")))
         console.print(Padding(Group(*parts), (0, 0, 0, 2)))
     for stack in stacks_of(diagnosis):
         console.print()
+        console.print(say(_table_title(diagnosis, stack), "dim"))
         console.print(_table(diagnosis, stack, console, say))
     console.print()
     console.print(say(_HINT, "dim"))
@@ -119,13 +119,14 @@ def _facts(diagnosis: Diagnosis) -> str:
         f"{printable(diagnosis.model_class)}, {count(diagnosis.parameters)} parameters, "
         f"{shape_in_words(diagnosis)}, {printable(diagnosis.attention_implementation)}; "
         f"{plural(diagnosis.sequences, 'sequence')}, {plural(diagnosis.tokens, 'token')}; "
-        f"attending {diagnosis.version}"
+        f"attending {printable(diagnosis.version)}"
     )
 
 
 def _told(finding: Finding) -> list[str]:
     lines = [printable(finding.summary)]
-    lines.append(f"threshold: {printable(finding.threshold)} ({printable(finding.source)})")
+    source = f", from {printable(finding.source)}" if finding.source else ""
+    lines.append(f"threshold: {printable(finding.threshold)}{source}")
     if finding.methods:
         lines.append(f"methods: {', '.join(map(printable, finding.methods))}")
     return lines
@@ -139,56 +140,69 @@ def _what(evidence: Evidence) -> str:
     return printable(evidence.text) or number(evidence.value)
 
 
+def _table_title(diagnosis: Diagnosis, stack: Stack) -> str:
+    prefix = printable(stack.prefix)
+    title = f"{prefix}  {kind_in_words(diagnosis.layers, stack)}, means over heads".strip()
+    step = _step(stack)
+    return f"{title}, one layer in {step}" if step > 1 else title
+
+
+def _step(stack: Stack) -> int:
+    return -(-len(stack.rows) // _ROWS)
+
+
 def _table(diagnosis: Diagnosis, stack: Stack, console: "Console", say: _Speaker) -> "Table":
     """A line per layer: means over its heads, as numbers and, where there is room, as bars."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    prefix = printable(stack.prefix)
-    title = f"{prefix}  {kind_in_words(diagnosis.layers, stack)}, means over heads"
-    step = -(-len(stack.rows) // _ROWS)
-    if step > 1:
-        title += f", every {step}th layer"
-    table = Table(
-        title=say(title, "dim"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        expand=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=False)
     names = [
         name
         for name in _COLUMNS
         if any(name in diagnosis.layers[row.index].statistics for row in stack.rows)
     ]
-    # A column needs 13 characters for its title, so what is left is for the bars.
-    room = (console.width - 16 - 15 * len(names)) // max(len(names), 1) + 5
+    rows = stack.rows[:: _step(stack)]
+    # What the columns need beside the bars: their longest text and 3 characters between two.
+    labels = max(5, *(len(printable(row.label)) for row in rows)) + 8
+    needed = [max(_NUMBER, len(_COLUMNS[name])) + 3 for name in names]
+    while len(names) > 1 and labels + sum(needed) > console.width:
+        names.pop()
+        needed.pop()
+    room = (console.width - labels) // max(len(names), 1) - _NUMBER - 4
     bar_width = min(room, 12) if room >= 4 else 0
-    if console.width < 16 + 13 * len(names):
-        names = names[: max(1, (console.width - 16) // 13)]
-    table.add_column(say("layer"), justify="right", no_wrap=True)
-    table.add_column(say("heads"), justify="right", no_wrap=True)
+    full = {name: STATISTICS[name].high or _largest_mean(diagnosis, name) for name in names}
+    # The sign of an ellipsis would break a console that cannot encode it.
+    cut: OverflowMethod = "ellipsis" if _is_unicode(say.encoding) else "crop"
+    table.add_column(say("layer"), justify="right", overflow=cut, no_wrap=True)
+    table.add_column(say("heads"), justify="right", overflow=cut, no_wrap=True)
     for name in names:
-        table.add_column(say(_COLUMNS[name]), no_wrap=True)
-    for row in stack.rows[::step]:
+        table.add_column(say(_COLUMNS[name]), overflow=cut, no_wrap=True)
+    for row in rows:
         layer = diagnosis.layers[row.index]
         cells = [say(printable(row.label)), say(str(layer.num_heads), "dim")]
         for name in names:
             mean = _mean(values_of(layer, name))
             if mean is None:
-                cells.append(say(""))
+                cells.append(say("-"))
                 continue
-            full = STATISTICS[name].high or _largest_mean(diagnosis, name)
-            drawn = bar(mean / full if full else 0, bar_width, say.encoding)
-            cells.append(say(f"{number(mean):<6} ") + say(drawn, "blue"))
+            drawn = bar(mean / full[name] if full[name] else 0, bar_width, say.encoding)
+            # As wide in every table, so that the tables of a model stand in line.
+            text = say(number(mean).ljust(_NUMBER))
+            cells.append(Text.assemble(text, say(f" {drawn:<{bar_width}}", "blue")))
         table.add_row(*cells)
     return table
+
+
+def _is_unicode(encoding: str) -> bool:
+    return encoding.lower().startswith("utf")
 
 
 def bar(share: float, width: int, encoding: str = "utf-8") -> str:
     """A bar of at most `width` characters, in eighths of a character where those can be printed."""
     eighths = round(min(max(share, 0), 1) * width * 8)
-    if not encoding.lower().replace("-", "").startswith("utf"):
+    if not _is_unicode(encoding):
         return "#" * round(eighths / 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 

@@ -37,7 +37,10 @@ def _escaped(character: str) -> str:
 
 def rounded(value: float, digits: int = 4) -> float | None:
     """The value to that many significant digits; None where it is no number."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.{digits}g}")
+    return short if math.isfinite(short) else value  # next to the largest float there is no room
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -46,7 +49,7 @@ def number(value: float, digits: int = 3) -> str:
         return "no number"
     if value == 0:
         return "0"
-    short = float(f"{value:.{digits}g}")
+    short = rounded(value, digits) or 0.0
     if abs(short) < 1e-4 or abs(short) >= 1e7:
         return f"{short:.{digits - 1}e}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(short))))
@@ -56,9 +59,14 @@ def number(value: float, digits: int = 3) -> str:
 
 def count(value: int) -> str:
     """How many, for people: `482`, `12,304`, `22.7 M`, `7.24 B`."""
-    for size, sign in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {sign}"
+    # 999.9 M would round to 1,000 M, so the larger units begin a little earlier.
+    for least, size, sign in (
+        (9995 * 10**8, 10**12, "T"),
+        (9995 * 10**5, 10**9, "B"),
+        (10**6, 10**6, "M"),
+    ):
+        if value >= least:
+            return f"{number(value / size)} {sign}"
     return f"{value:,}"
 
 

@@ -33,8 +33,9 @@ function number(value) {
 function share(value) {
   if (!isKnown(value)) return "–";
   const percent = 100 * value;
-  if (percent === 0) return "0 %";
-  return percent < 0.01 ? "< 0.01 %" : `${percent.toPrecision(percent < 99.95 ? 3 : 4).replace(/\.?0+$/, "")} %`;
+  if (percent === 0) return "0\u00a0%";
+  if (percent < 0.01) return "<\u00a00.01\u00a0%";
+  return `${Number(percent.toPrecision(percent < 99.95 ? 3 : 4))}\u00a0%`;
 }
 
 const isShare = (statistic) => statistic.unit === "share";
@@ -121,6 +122,7 @@ function plotly() {
 function half(bits) {
   const exponent = (bits >> 10) & 31;
   const fraction = bits & 1023;
+  if (exponent === 31) return null; // no number
   return exponent === 0 ? fraction * 2 ** -24 : (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
@@ -238,6 +240,11 @@ function buildThumbnails() {
     button.addEventListener("click", () => choose(statistic));
     byId("statistics").append(button);
   }
+  new ResizeObserver(([{ contentRect }]) => {
+    const most = Math.max(1, Math.floor((contentRect.width + 8) / 148));
+    const rows = Math.ceil(statistics.length / most);
+    byId("statistics").style.setProperty("--per-row", Math.ceil(statistics.length / rows));
+  }).observe(byId("statistics"));
   byId("statistics").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
@@ -253,21 +260,24 @@ function choose(statistic) {
   paint();
 }
 
+// Of so many neighbours one gets a label: a number that people count by.
+const every = (least) => [1, 2, 5, 10, 20, 50, 100].find((step) => step >= least) ?? 200;
+
 // The cells of every stack, once; `paint` gives them the colours of a statistic.
 function buildStacks() {
   for (const stack of stacks) {
     const room = byId("stacks").clientWidth || 320;
     const longest = Math.max(...stack.rows.map((row) => row.label.length));
     const meanWidth = room < 480 ? 40 : 88;
-    const across = (room - 12 - 7 * longest - meanWidth) / stack.heads;
-    const width = Math.min(44, across);
-    const height = Math.max(stack.rows.length > 40 ? 8 : 11, Math.min(26, 0.72 * width));
+    const across = (room - 12 - 7 * longest - meanWidth) / Math.max(stack.heads, 1);
+    const width = Math.min(58, across);
+    const height = Math.max(stack.rows.length > 40 ? 8 : 11, Math.min(28, 0.72 * width));
     const gap = width > 12 ? 2 : 1;
     const grid = element("div", { className: "grid", role: "grid", "aria-label": `${stack.prefix} ${stack.kind}` });
     grid.style.cssText =
       `--cell-height: ${height}px; --gap: ${gap}px; --corner: ${width > 16 ? 3 : 1}px; ` +
-      `grid-template-columns: auto repeat(${stack.heads}, minmax(0, ${width - gap}px)) ${meanWidth}px`;
-    const everyHead = Math.ceil(16 / width);
+      `grid-template-columns: auto repeat(${Math.max(stack.heads, 1)}, minmax(0, ${width - gap}px)) ${meanWidth}px`;
+    const everyHead = every(22 / width);
     const labels = element("div", { "aria-hidden": "true", role: "row" }, element("span"));
     for (let head = 0; head < stack.heads; head++) {
       const text = head % everyHead === 0 ? String(head) : "";
@@ -275,7 +285,7 @@ function buildStacks() {
     }
     labels.append(element("span", { className: "mean-label", textContent: "mean" }));
     grid.append(labels);
-    const everyRow = Math.ceil(12 / (height + gap));
+    const everyRow = every(12 / (height + gap));
     stack.rows.forEach((row, y) => {
       const label = y % everyRow === 0 ? row.label : "";
       const line = element("div", { role: "row" }, element("span", { className: "layer-label", textContent: label }));
@@ -316,7 +326,7 @@ function showTip(cell) {
   const [layer, head] = [+cell.dataset.layer, +cell.dataset.head];
   const place = element("span", { textContent: `${home.get(layer).title}, head ${head}` });
   const unit = isShare(current) ? "" : ` ${current.unit}`;
-  tip.replaceChildren(place, shown(current, valueOf(current, layer, head)) + unit);
+  tip.replaceChildren(place, "  ", shown(current, valueOf(current, layer, head)) + unit);
   const box = cell.getBoundingClientRect();
   const left = box.left + box.width / 2 - tip.offsetWidth / 2;
   tip.style.left = `${Math.max(4, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 4))}px`;
@@ -450,7 +460,7 @@ function inWords(layer, head) {
     const share_ = value("max_probability");
     sentences.push([
       "A query looks at about ", bold(`${number(value("effective_keys"))} keys`),
-      ...(isKnown(share_) ? [", and gives ", bold(share(share_)), " to the first of them"] : []), ". ",
+      ...(isKnown(share_) ? [", and gives ", bold(share(share_)), " to the strongest"] : []), ". ",
     ]);
   }
   if (isKnown(value("normalized_entropy"))) {
@@ -538,23 +548,30 @@ async function drawSimilar(layer, head) {
   const target = byId("head-similar");
   if (!rows || rows[0].length < 2) return target.replaceChildren();
   const likeness = rows[0];
-  const others = likeness.map((value, other) => [value, other]).filter(([, other]) => other !== head);
-  const [most, best] = others.reduce((a, b) => (b[0] > a[0] ? b : a));
+  const others = likeness.map((value, other) => [value, other]).filter(([value, other]) => other !== head && isKnown(value));
+  const [most, best] = others.reduce((a, b) => (b[0] > a[0] ? b : a), [-1, null]);
   const buttons = likeness.map((value, other) => {
     if (other === head) return element("span", { textContent: other, title: "this head" });
     const text = `head ${other}: CKA ${number(value)}`;
     const button = element("button", { type: "button", textContent: other, title: text, "aria-label": text });
+    button.addEventListener("click", () => go(layer, other));
+    if (!isKnown(value)) return button;
     const fill = colour(value);
     button.style.background = rgb(fill);
     button.style.color = fill[0] * 0.3 + fill[1] * 0.59 + fill[2] * 0.11 > 140 ? "#1a1b1f" : "#ffffff";
-    button.addEventListener("click", () => go(layer, other));
     return button;
   });
   target.replaceChildren(
     element("h4", {}, "Similar heads ", element("span", { textContent: "of the layer, by their outputs" })),
     element("div", { className: "similar" }, ...buttons),
-    element("p", { className: "aside", textContent: `Most like head ${best}, linear CKA ${number(most)}.` }),
+    element("p", { className: "aside", textContent: best === null ? "" : `Most like head ${best}, linear CKA ${number(most)}.` }),
   );
+}
+
+// The next larger of 1, 2, 5, 10, 20 ...
+function nice(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * ([1, 2, 5].find((step) => step * power >= value * (1 - 1e-9)) ?? 10);
 }
 
 let logarithmic = null; // as the reader chose it; until then as the map needs it
@@ -580,9 +597,12 @@ async function drawMap(layer, head) {
     ticktext: ["0 %", "25", "50", "75", "100 %"],
     range: [-0.5, all - 0.5],
     showgrid: false, zeroline: false, ticks: "outside", ticklen: 3, tickcolor: css("--line-strong"), fixedrange: true,
+    ticklabeloverflow: "allow",
   });
   const powers = [];
   for (let power = Math.ceil(Math.log10(floor)); power <= Math.log10(most); power++) powers.push(power);
+  const quarter = nice(most / 4);
+  const steps = Array.from({ length: Math.floor(most / quarter + 1e-9) + 1 }, (_, k) => k * quarter);
   const trace = {
     type: "heatmap",
     z: map.map((row) => row.map((value) => (value <= 0 ? null : log ? Math.log10(Math.max(value, floor)) : value))),
@@ -593,14 +613,14 @@ async function drawMap(layer, head) {
     colorscale: RAMPS[theme()].map((stop, k, all) => [k / (all.length - 1), stop]),
     xgap: 0, ygap: 0,
     colorbar: {
-      thickness: 8, outlinewidth: 0, ticklen: 3, tickcolor: css("--line-strong"), len: 1, y: 0.5, xpad: 8,
+      thickness: 8, outlinewidth: 0, ticklen: 3, tickcolor: css("--line-strong"), len: 1, y: 0.5, xpad: 8, ypad: 0, ticklabeloverflow: "allow",
       ...(log && powers.length > 1 ? { tickvals: powers, ticktext: powers.map((p) => share(10 ** p)) } : log
         ? { tickvals: [Math.log10(floor), Math.log10(most)], ticktext: [share(floor), share(most)] }
-        : { tickformat: ".3~p" }),
+        : { tickvals: steps, ticktext: steps.map(share) }),
     },
   };
   await draw(target.querySelector(".plot"), [trace], {
-    margin: { l: 48, r: 4, t: 4, b: 40 },
+    margin: { l: 48, r: 4, t: 8, b: 40 },
     plot_bgcolor: RAMPS[theme()][0],
     xaxis: axis(columns, "key"),
     yaxis: { ...axis(rows, "query"), range: [rows - 0.5, -0.5] },
@@ -620,7 +640,7 @@ function buildMap(target) {
     element(
       "div",
       { className: "map-bar" },
-      element("h4", {}, "Attention map ", element("span", { textContent: "pooled, each row sums to 100 %" })),
+      element("h4", {}, "Attention map ", element("span", { textContent: "pooled; a row sums to 100\u00a0%" })),
       element("div", { className: "switch", role: "group", "aria-label": "Colour scale" }, ...switches),
     ),
     element("div", { className: "plot" }),
@@ -631,13 +651,11 @@ function buildMap(target) {
 
 function drawDepth() {
   const lines = LINES[theme()];
-  const several = blocks.length > 1;
-  const line = (stack, k, key, { dash = "solid", name = stack.prefix } = {}) => ({
+  const line = (stack, k, key, dash = "solid") => ({
     type: "scatter",
     mode: stack.rows.length > 24 ? "lines" : "lines+markers",
     x: stack.rows.map((_, index) => index),
     y: stack.rows.map((row) => row[key]),
-    name: quoted(name),
     line: { color: lines[k % lines.length], width: 2, dash },
     marker: { size: 5 },
     hovertemplate: "%{text}<extra></extra>",
@@ -646,30 +664,39 @@ function drawDepth() {
       return `${quoted(row.name)}<br>${number(row[key])}${where}`;
     }),
   });
+  // One key for the three charts, where there is something to tell apart.
+  const key = blocks.map((stack, k) => {
+    const swatch = element("i", { "aria-hidden": "true" });
+    swatch.style.background = lines[k % lines.length];
+    return element("li", {}, swatch, stack.prefix || "blocks");
+  });
+  byId("blocks").replaceChildren(...(blocks.length > 1 ? key : []));
   const longest = blocks.reduce((a, b) => (b.rows.length > a.rows.length ? b : a));
-  const every = Math.ceil(longest.rows.length / 12);
-  const ticks = longest.rows.map((row, index) => [index, row.label]).filter(([index]) => index % every === 0);
+  const step = every(longest.rows.length / 10);
+  const ticks = longest.rows.map((row, index) => [index, row.label]).filter(([index]) => index % step === 0);
   const axis = { zeroline: false, gridcolor: css("--line"), fixedrange: true, automargin: true };
-  const layout = (yaxis, legend) => ({
-    margin: { l: 40, r: 8, t: legend ? 30 : 8, b: 36 },
-    showlegend: legend,
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+  const layout = (yaxis) => ({
+    margin: { l: 40, r: 8, t: 8, b: 36 },
+    showlegend: false,
     hovermode: "closest",
     xaxis: {
       ...axis, showgrid: false, tickvals: ticks.map(([at]) => at), ticktext: ticks.map(([, label]) => quoted(label)),
       title: { text: "block", font: { size: 11 }, standoff: 4 },
     },
-    yaxis: { ...axis, ...yaxis },
+    yaxis: { ...axis, zeroline: true, zerolinecolor: css("--line-strong"), zerolinewidth: 1, ...yaxis },
   });
-  const all = (key) => blocks.map((stack, k) => line(stack, k, key));
-  const [least] = extent(blocks.flatMap((stack) => stack.rows.map((row) => row.token_similarity)));
-  draw(byId("chart-similarity"), all("token_similarity"), layout({ range: [Math.min(0, least), 1.03] }, several));
-  draw(byId("chart-rank"), all("effective_rank"), layout({ rangemode: "tozero" }, several));
-  const both = blocks.flatMap((stack, k) => [
-    line(stack, k, "max_abs", { name: several ? `${stack.prefix} largest` : "largest" }),
-    line(stack, k, "median_abs", { dash: "dot", name: several ? `${stack.prefix} median` : "median" }),
-  ]);
-  draw(byId("chart-activations"), both, layout({ type: "log", dtick: 1, exponentformat: "power" }, true));
+  const all = (name, dash) => blocks.map((stack, k) => line(stack, k, name, dash));
+  const values = (name) => blocks.flatMap((stack) => stack.rows.map((row) => row[name])).filter(isKnown);
+  const [least] = extent(values("token_similarity"));
+  draw(byId("chart-similarity"), all("token_similarity"), layout({ range: [Math.min(0, 1.1 * least), 1.03] }));
+  draw(byId("chart-rank"), all("effective_rank"), layout({ rangemode: "tozero" }));
+  const [smallest, largest] = extent([...values("max_abs"), ...values("median_abs")].filter((value) => value > 0)).map(Math.log10);
+  const powers = [];
+  const apart = Math.max(1, Math.ceil((largest - smallest) / 6));
+  for (let power = Math.floor(smallest); power <= largest; power += apart) powers.push(power);
+  draw(byId("chart-activations"), [...all("max_abs"), ...all("median_abs", "dot")], layout({
+    type: "log", tickvals: powers.map((power) => 10 ** power), ticktext: powers.map((power) => number(10 ** power)),
+  }));
 }
 
 // ------------------------------------------------------------------------------------------ start
