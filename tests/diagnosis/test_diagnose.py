@@ -264,6 +264,19 @@ def test_a_broken_model_is_told_and_can_be_saved() -> None:
     assert "CRITICAL" in str(diagnosis)
 
 
+def test_a_model_whose_weights_are_elsewhere() -> None:
+    """As `device_map` makes it: hooks of accelerate bring the weights as each module runs."""
+    from accelerate import cpu_offload
+
+    model, inputs = llama_model(), {"input_ids": tokens(2, 16)}
+    expected = at.diagnose(model, inputs, progress=False)
+    cpu_offload(model, execution_device="cpu")
+    assert next(model.parameters()).is_meta
+    found = at.diagnose(model, inputs, progress=False)
+    assert found.to_rows() == expected.to_rows()
+    assert next(model.parameters()).is_meta
+
+
 class Twice(nn.Module):
     """A module that calls attention twice, and tied layers."""
 

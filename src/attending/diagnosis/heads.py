@@ -102,12 +102,13 @@ class HeadStatistics:
         if self.similarity is not None or "similarity" not in self.wanted or output.shape[1] < 2:
             return
         samples = output.transpose(0, 1).flatten(1, 2)
-        every = max(1, samples.shape[1] // SAMPLES)
-        samples = samples[:, ::every][:, :SAMPLES].float()
+        enough = max(SAMPLES, 2 * samples.shape[2])
+        every = max(1, samples.shape[1] // enough)
+        samples = samples[:, ::every][:, :enough].float()
         if self._samples is not None:
-            samples = torch.cat([self._samples, samples], 1)[:, :SAMPLES]
+            samples = torch.cat([self._samples, samples], 1)[:, :enough]
         self._samples = samples
-        if samples.shape[1] == SAMPLES:
+        if samples.shape[1] == enough:
             self._compare()
 
     def record(self) -> LayerRecord:
