@@ -8,11 +8,10 @@ which module of the model made it. Nothing is registered, subclassed or patched 
         model(**inputs)
     calls[0].name, calls[0].query.shape       # 'model.layers.0.self_attn', [1, 32, 128, 64]
 
-    def without_first_key(call, proceed):     # or change: a handler stands in for the function
-        key, value = call.key[:, :, 1:], call.value[:, :, 1:]
-        return proceed(dataclasses.replace(call, key=key, value=value))
+    def sharper(call, proceed):               # or change: a handler stands in for the function
+        return proceed(dataclasses.replace(call, scale=2 * call.softmax_scale))
 
-    with tap(model, without_first_key):
+    with tap(model, sharper):
         model.generate(**inputs)
 """
 

@@ -60,8 +60,9 @@ def tap(model: nn.Module, handler: Handler | None = None) -> "Tap[list[Attention
     for, and the other way round what the handler made of it.
 
     A recording holds every query, key and value; for long runs use a handler that keeps only what
-    it needs. Attention calls that a handler makes itself are not tapped, so it may use the function
-    freely.
+    it needs. One that keeps calls of a checkpointed region in a list should empty it when done: the
+    region holds the handler, and until backward has run, the tensors hold the region. Attention
+    calls that a handler makes itself are not tapped, so it may use the function freely.
 
     Under gradient checkpointing the calls of a region run again during backward. They pass through
     the same handlers, wherever backward runs, and have `recomputed` set; a recording leaves them
@@ -70,8 +71,13 @@ def tap(model: nn.Module, handler: Handler | None = None) -> "Tap[list[Attention
     A tap sees the calls that the thread that entered it makes within forwards of the model; other
     threads use the model undisturbed, or with taps of their own. Within the block, PyTorch does not
     use the fused inference path of `nn.TransformerEncoderLayer` and `nn.MultiheadAttention`: their
-    outputs may differ in rounding from those without a tap, and padding gets values that the fused
-    path leaves at 0. All else is bit for bit the same, and the model afterwards is what it was.
+    outputs may differ in rounding from those without a tap (those of the layer in other threads
+    too), and padding gets values that the fused path leaves at 0. All else is bit for bit the same,
+    and the model afterwards is what it was.
+
+    What `generate` compiles on its own (a static cache on a GPU) is seen too, at the cost of graph
+    breaks and recompilation. A `KeyboardInterrupt` skips PyTorch's hooks: after one, leave the
+    block, as what follows in it may go by a wrong name.
 
     Args:
         model: any module; names are relative to it. A pipeline has several: `tap(pipe.unet)`.
