@@ -61,7 +61,7 @@ def head_importance(
 
     Raises:
         ValueError: if there is no loss or no batch, or if samples cannot be told apart.
-        attending.tap.TapError: if the tap saw no attention call; the message says what to set.
+        attending.taps.TapError: if the tap saw no attention call; the message says what to set.
     """
     totals: dict[str, Tensor] = {}
     samples = 0

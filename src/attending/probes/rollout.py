@@ -69,7 +69,7 @@ def attention_rollout(
     Raises:
         ValueError: for arguments that are not as above, and for a model of which no rollout is
             defined; the message says why.
-        attending.tap.TapError: if the tap saw no attention call; the message says what to set.
+        attending.taps.TapError: if the tap saw no attention call; the message says what to set.
     """
     _check_fusion(head_fusion)
     _check_residual(residual)
