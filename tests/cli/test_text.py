@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from attending.cli.errors import CommandError
 from attending.cli.loading import LoadedModel, load_model
-from attending.cli.text import batches, demo_text, read_text
+from attending.cli.source import demo_text, read_text
+from attending.cli.text import batches
 from tests.cli import models
 
 WORDS = models.WORDS.split()

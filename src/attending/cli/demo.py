@@ -7,6 +7,7 @@ import typer
 
 from attending.cli.console import say
 from attending.cli.outputs import check_folder, check_writable, write
+from attending.cli.source import demo_text
 
 MODELS = ("llama-stdlib", "minilm")  # a causal model that writes Python, an encoder of sentences
 
@@ -24,7 +25,6 @@ def command(
 
     from attending.cli.diagnose import diagnose_text
     from attending.cli.loading import load_model
-    from attending.cli.text import demo_text
     from attending.report.terminal import print_report
 
     # All before any: a package that is missing shows at once.

@@ -9,6 +9,7 @@ import typer
 from attending.cli.console import note
 from attending.cli.errors import CommandError
 from attending.cli.outputs import check_writable, write
+from attending.cli.source import demo_text, read_text
 
 if TYPE_CHECKING:
     from attending.cli.loading import LoadedModel
@@ -60,8 +61,6 @@ def command(
     for path, option in ((html, "--html"), (json, "--json")):
         if path is not None:
             check_writable(path, option)
-
-    from attending.cli.text import demo_text, read_text
 
     words = demo_text() if text is None else read_text(text)
 
