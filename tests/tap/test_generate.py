@@ -187,3 +187,24 @@ def test_autocast(build: str) -> None:
     outside = example.forward()
     assert outside.dtype == torch.float32
     assert not torch.equal(outside, plain.float())
+
+
+@pytest.mark.slow
+def test_what_generate_compiles_itself_is_seen(llama: Any) -> None:
+    """As it does on a GPU with a static cache; here by an inner switch, and without code."""
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend="eager")
+    config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": config}
+    plain = generate(llama, **options)
+    seen: list[str] = []
+
+    def handler(call: AttentionCall, proceed: Proceed) -> Tensor:
+        seen.append(call.name)
+        return proceed(call)
+
+    with tap(llama, handler):
+        assert torch.equal(generate(llama, **options), plain)
+    assert seen == [f"model.layers.{i}.self_attn" for i in range(2)] * NEW
+    assert torch.equal(generate(llama, **options), plain)

@@ -160,3 +160,17 @@ def test_a_default_device_and_a_tap_inside_it() -> None:
     with torch.device("cpu"), tap(model) as calls, torch.device("cpu"):
         model(x)
     assert len(calls) == 2
+
+
+def test_a_subclass_of_tensor_that_overrides_the_outer_function_has_its_way() -> None:
+    class Own(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is nn.functional.multi_head_attention_forward:
+                return torch.ones(5, 2, 8), None
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model, x = multihead(), hidden()
+    own = x.as_subclass(Own)
+    with pytest.raises(TapError), tap(model):
+        assert model(own, own, own, need_weights=False)[0].eq(1).all()

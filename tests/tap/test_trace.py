@@ -230,3 +230,31 @@ def test_a_discarded_recording_is_freed() -> None:
     del calls
     gc.collect()
     assert query() is None
+
+
+def test_an_interrupt_leaves_no_trace() -> None:
+    """PyTorch calls no hook after one, but the block ends all the same."""
+    model, x = Toy(), hidden()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].register_forward_hook(interrupt)
+    plain_hooks = len(model.layers[1]._forward_hooks)
+    with left_as_it_was(model), pytest.raises(KeyboardInterrupt), tap(model):
+        model(x)
+    assert len(model.layers[1]._forward_hooks) == plain_hooks
+    handle.remove()
+    with tap(model) as calls:
+        model(x)
+    assert [(call.name, call.forward) for call in calls] == [("layers.0", 0), ("layers.1", 0)]
+
+
+def test_inference_mode() -> None:
+    model, x = Toy(), hidden()
+    with torch.inference_mode():
+        plain = model(x)
+        with left_as_it_was(model), tap(model) as calls:
+            assert torch.equal(model(x), plain)
+    assert len(calls) == 2
+    assert calls[0].query.is_inference()
