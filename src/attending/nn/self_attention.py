@@ -128,9 +128,7 @@ class SelfAttention(nn.Module):
                 last ones of the keys.
             cache: where the keys and values of the tokens before are, and those of these go.
         """
-        query = self._split(self.q_proj(hidden), self.num_heads)
-        key = self._split(self.k_proj(hidden), self.num_kv_heads)
-        value = self._split(self.v_proj(hidden), self.num_kv_heads)
+        query, key, value = self.project(hidden)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         past = key.shape[2] - query.shape[2]
@@ -147,6 +145,24 @@ class SelfAttention(nn.Module):
         if self.variant == "fixed_bias":
             merged = merged + self.value_bias
         return self.out_proj(merged)  # type: ignore[no-any-return]
+
+    def project(
+        self, hidden: Float[Tensor, "batch tokens embed_dim"]
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+    ]:
+        """Query, key and value of the tokens, for statistics of what the layer looks at.
+
+        A tap sees the calls of `"softmax"`, `"fixed_bias"` and `"context_scale"`; the others need
+        more than `scaled_dot_product_attention` and do not call it.
+        """
+        return (
+            self._split(self.q_proj(hidden), self.num_heads),
+            self._split(self.k_proj(hidden), self.num_kv_heads),
+            self._split(self.v_proj(hidden), self.num_kv_heads),
+        )
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
