@@ -16,10 +16,12 @@ import torch
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round: A B C A B C ...
 
-    Without `warm_up`, which is one more round that is not counted, something has to have run before.
+    The warm-up is one more round, which is not counted.
 
     With one thread it is the time that this process had the processor, so that what else runs on
     the machine counts as little as can be; with more threads it is the time on the clock.
