@@ -19,8 +19,9 @@ class AttentionCall:
 
     One case is shown otherwise than it was made. When transformers decodes a token with a mask,
     it folds the heads that share a key into the query axis: `[batch, kv_heads, group, dim]`. A
-    call always shows what was meant, `[batch, heads, 1, dim]` with `enable_gqa`; a handler that
-    passes it on unchanged still runs exactly what the model asked for.
+    call shows what was meant, `[batch, heads, 1, dim]` with `enable_gqa`; a handler that passes it
+    on unchanged still runs exactly what the model asked for. It is recognised by the config's
+    `num_attention_heads`: where a device holds only some of the heads, the call is shown as made.
 
     Attributes:
         name: qualified name of the innermost module that was running, as in
