@@ -322,6 +322,13 @@ def test_a_map_can_be_logarithmic(page: "Page", speech: Diagnosis, speech_url: s
     empty = np.isnan(drawn)  # below what half precision holds
     assert pooled[empty].max(initial=0) < 6e-8
     np.testing.assert_allclose(drawn[~empty], expected[~empty], atol=1e-3)
+    # An even map does not have its noise stretched over all colours: 3 times the mean each way.
+    low, high = page.evaluate(
+        "(({ zmin, zmax }) => [zmin, zmax])(document.querySelector('#head-map .plot').data[0])"
+    )
+    mean = math.log10(pooled[pooled > 0].mean())
+    assert low <= mean - math.log10(3) + 1e-3
+    assert high >= mean + math.log10(3) - 1e-3
     # The choice stays when another head is selected.
     cell(page, index, 1).click()
     pressed = page.locator('.switch [aria-pressed="true"]')

@@ -568,10 +568,10 @@ async function drawSimilar(layer, head) {
   );
 }
 
-// The next larger of 1, 2, 5, 10, 20 ...
+// The last of 1, 2, 5, 10, 20 ... that is not larger.
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return power * ([1, 2, 5].find((step) => step * power >= value * (1 - 1e-9)) ?? 10);
+  return power * ([5, 2].find((step) => step * power <= value * (1 + 1e-9)) ?? 1);
 }
 
 let logarithmic = null; // as the reader chose it; until then as the map needs it
@@ -588,7 +588,10 @@ async function drawMap(layer, head) {
   const log = logarithmic ?? peaked;
   if (!target.querySelector(".plot")) buildMap(target);
   target.querySelectorAll(".switch button").forEach((button, index) => button.setAttribute("aria-pressed", log === (index === 1)));
-  const floor = Math.max(positive[0] ?? 1e-6, most * 1e-4);
+  // The scale has at least a factor of 3 on both sides of the mean: an even map is to look even.
+  const mean = positive.reduce((a, b) => a + b, 0) / Math.max(positive.length, 1) || 1;
+  const top = Math.max(most, 3 * mean);
+  const floor = Math.min(Math.max(positive[0] ?? 1e-6, most * 1e-4), mean / 3);
   const [rows, columns] = [map.length, map[0].length];
   const part = (index, all) => `${Math.round((100 * index) / all)}–${Math.round((100 * (index + 1)) / all)} %`;
   const axis = (all, title) => ({
@@ -600,14 +603,14 @@ async function drawMap(layer, head) {
     ticklabeloverflow: "allow",
   });
   const powers = [];
-  for (let power = Math.ceil(Math.log10(floor)); power <= Math.log10(most); power++) powers.push(power);
-  const quarter = nice(most / 4);
-  const steps = Array.from({ length: Math.floor(most / quarter + 1e-9) + 1 }, (_, k) => k * quarter);
+  for (let power = Math.ceil(Math.log10(floor)); power <= Math.log10(top); power++) powers.push(power);
+  const apart = nice(top / 3);
+  const steps = Array.from({ length: Math.floor(top / apart + 1e-9) + 1 }, (_, k) => k * apart);
   const trace = {
     type: "heatmap",
     z: map.map((row) => row.map((value) => (value <= 0 ? null : log ? Math.log10(Math.max(value, floor)) : value))),
     zmin: log ? Math.log10(floor) : 0,
-    zmax: log ? Math.log10(most) : most,
+    zmax: log ? Math.log10(top) : top,
     text: map.map((row, y) => row.map((value, x) => `queries ${part(y, rows)}, keys ${part(x, columns)}<br>${share(value)}`)),
     hovertemplate: "%{text}<extra></extra>",
     colorscale: RAMPS[theme()].map((stop, k, all) => [k / (all.length - 1), stop]),
@@ -615,7 +618,7 @@ async function drawMap(layer, head) {
     colorbar: {
       thickness: 8, outlinewidth: 0, ticklen: 3, tickcolor: css("--line-strong"), len: 1, y: 0.5, xpad: 8, ypad: 0, ticklabeloverflow: "allow",
       ...(log && powers.length > 1 ? { tickvals: powers, ticktext: powers.map((p) => share(10 ** p)) } : log
-        ? { tickvals: [Math.log10(floor), Math.log10(most)], ticktext: [share(floor), share(most)] }
+        ? { tickvals: [Math.log10(floor), Math.log10(top)], ticktext: [share(floor), share(top)] }
         : { tickvals: steps, ticktext: steps.map(share) }),
     },
   };
