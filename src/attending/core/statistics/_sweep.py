@@ -117,8 +117,9 @@ def sweep(
                 Sweep(*(None if tensor is None else tensor[part] for tensor in found)),  # type: ignore[arg-type]
                 buffers,
                 rows,
-                call.query[part] * call.scale,
-                key[kv],
+                # Models pass views in which the heads of a token lie side by side.
+                (call.query[part] * call.scale).contiguous(),
+                key[kv].contiguous(),
                 _part_of_bias(call, part),
                 call.is_causal,
                 None if features is None else features[kv].transpose(-1, -2),
