@@ -72,7 +72,7 @@ def test_first_token_mass_is_that_of_the_map(task: experiment.Task, variant: str
     expected = torch.stack([probability[:, h][weights[:, h]].mean() for h in range(2)]).max()
     with torch.no_grad():
         ours = experiment._first_token_mass(layer, hidden, idle)
-    assert ours == pytest.approx(float(expected), rel=1e-5)
+    assert ours == pytest.approx(expected.item(), rel=1e-5)
 
 
 def numbers(implicit: float, explicit: float, ratio: float, gap: float) -> dict[str, list[float]]:

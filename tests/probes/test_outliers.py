@@ -69,6 +69,8 @@ def test_finds_what_was_planted_and_leaves_the_model_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     report = find_outliers(model, {"input_ids": words}, criterion="median", tau=1000.0)
+    with torch.no_grad():
+        stream = planted_llama().eval()(words, output_hidden_states=True).hidden_states[2].abs()
     truth = {(0, 0), (0, 5), (1, 8)}
 
     blocks = [one for one in report.activations if one.where == "block"]
@@ -80,7 +82,12 @@ def test_finds_what_was_planted_and_leaves_the_model_alone() -> None:
         assert {token.token for token in block.tokens} == {MARK}
         assert {token.channel for token in block.tokens} == {CHANNEL}
         assert block.largest > block.threshold > 100 - 1e-3
+        assert len(block.by_channel) == 32
+        assert max(range(32), key=lambda channel: block.by_channel[channel]) == CHANNEL
     assert report.channels == {CHANNEL: 3}
+    assert blocks[1].by_channel == pytest.approx(stream.amax((0, 1)).tolist(), rel=1e-4)
+    assert blocks[1].top == pytest.approx(stream.flatten(1).topk(3).values.mean(0).tolist())
+    assert blocks[1].mean == pytest.approx(float(stream.mean()), rel=1e-4)
 
     inputs = {one.name: one for one in report.activations if one.where == "down_projection"}
     assert list(inputs) == [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
@@ -150,6 +157,8 @@ def test_padding_does_not_matter(side: str) -> None:
         assert positions(one.tokens) == positions(other.tokens)
         assert one.largest == pytest.approx(other.largest, rel=1e-3)
         assert one.mean == pytest.approx(other.mean, rel=1e-3)
+        assert one.top == pytest.approx(other.top, rel=1e-3)
+        assert one.by_channel == pytest.approx(other.by_channel, rel=1e-3)
     for one, other in zip(together.attention, alone.attention, strict=True):
         assert positions(one.tokens) == positions(other.tokens)
         assert positions(one.fair_tokens) == positions(other.fair_tokens)
@@ -179,7 +188,7 @@ def test_gpt2_has_conv1d() -> None:
     assert set(weights["transformer.h.1.mlp.c_proj"].rows) == {9}
     assert set(weights["transformer.h.1.mlp.c_proj"].columns) == {5}
     inputs = [one for one in report.activations if one.where == "down_projection"]
-    assert [(one.name, one.width) for one in inputs] == [
+    assert [(one.name, len(one.by_channel)) for one in inputs] == [
         ("transformer.h.0.mlp.c_proj", 96),
         ("transformer.h.1.mlp.c_proj", 96),
     ]

@@ -23,6 +23,7 @@ from attending.probes.outlier_rules import Criterion, activation_outliers, atten
 from attending.probes.running import first_tensor
 from attending.taps import AttentionCall, Proceed
 
+TOP = 3  # largest magnitudes that are shown of a place, as in the official code
 LAYER_SHARE = 0.25  # LLM.int8: an outlier feature is one in this share of the layers
 
 
@@ -67,21 +68,32 @@ class Collector:
         self._see(hidden.shape[0], hidden.shape[1], mask)
         found = activation_outliers(hidden, criterion=self.criterion, tau=self.tau, token_mask=mask)
         record = self.activations.setdefault((name, where), ActivationRecord(name, where))
-        record.width = hidden.shape[-1]
         record.largest = _larger(record.largest, float(found.largest.max()))
         before = self.counts[name, where]
         self.counts[name, where] += len(hidden)
         for field in ("mean", "median", "threshold"):
             total = getattr(record, field) * before + float(getattr(found, field).sum())
             setattr(record, field, total / (before + len(hidden)))
+        magnitudes = hidden.abs().to(found.largest.dtype)
+        if mask is not None:
+            magnitudes = magnitudes.masked_fill(~mask.to(hidden.device)[..., None], 0.0)
+        top = magnitudes.flatten(1).topk(min(TOP, magnitudes[0].numel())).values.sum(0)
+        record.top = [
+            (old * before + float(new)) / (before + len(hidden))
+            for old, new in zip(record.top or [0.0] * TOP, top, strict=False)
+        ]
+        peaks = magnitudes.amax((0, 1)).tolist()
+        if record.by_channel:
+            peaks = [_larger(*pair) for pair in zip(record.by_channel, peaks, strict=True)]
+        record.by_channel = peaks
         for sequence, position in found.tokens.nonzero().tolist():
-            magnitude = hidden[sequence, position].abs()
-            channel = int(magnitude.argmax())
+            outliers = magnitudes[sequence, position] * found.elements[sequence, position]
+            channel = int(outliers.argmax())
             value = float(hidden[sequence, position, channel])
             token = self._token(sequence, position, mask, value, channel)
             record.tokens.append(token)
         for channel in found.channels.any(0).nonzero().flatten().tolist():
-            largest = float(hidden[..., channel].abs()[found.elements[..., channel]].max())
+            largest = float(magnitudes[..., channel][found.elements[..., channel]].max())
             record.channels[channel] = max(record.channels.get(channel, 0.0), largest)
 
     def attention_call(self, call: AttentionCall, proceed: Proceed) -> Tensor:

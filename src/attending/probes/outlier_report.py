@@ -44,7 +44,9 @@ class ActivationRecord:
         mean, median, threshold: of the magnitudes of a sequence, averaged over the sequences.
         tokens: the outlier tokens.
         channels: the outlier channels, with their largest magnitude among the outliers.
-        width: how many channels there are.
+        top: the three largest magnitudes of a sequence, averaged over the sequences.
+        by_channel: the largest magnitude of every channel over all tokens: plot it to see the
+            channels that stand out.
     """
 
     name: str
@@ -55,7 +57,8 @@ class ActivationRecord:
     threshold: float = 0.0
     tokens: list[OutlierToken] = field(default_factory=list)
     channels: dict[int, float] = field(default_factory=dict)
-    width: int = 0
+    top: list[float] = field(default_factory=list)
+    by_channel: list[float] = field(default_factory=list)
 
 
 @dataclass
