@@ -13,6 +13,7 @@ so it is compared with our tap on that same model.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def transformer_lens(length: int, rounds: int) -> dict[str, Any] | str:
     config.update({"n_positions": length, "bos_token_id": 0, "eos_token_id": 0})
     config.architectures = ["GPT2LMHeadModel"]
     plain = GPT2LMHeadModel(config).eval()
-    theirs = GPT2LMHeadModel(config).eval()  # the bridge changes the model that it gets
+    theirs = GPT2LMHeadModel(copy.deepcopy(config)).eval()  # the bridge changes what it gets
     theirs.load_state_dict(plain.state_dict())
     words = Tokenizer(models.WordLevel({str(i): i for i in range(100)}, unk_token="0"))
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "0")

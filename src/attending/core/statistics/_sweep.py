@@ -106,7 +106,10 @@ def sweep(
         found.lse.fill_(-math.inf)
         return found
     budget = BLOCK_BYTES * torch.get_num_threads() // call.query.element_size()
-    rows = min(queries, max(LEAST_ROWS, budget // keys))
+    rows = max(LEAST_ROWS, budget // keys)
+    if call.is_causal:  # what lies above the diagonal of a block is computed in vain
+        rows = min(rows, max(LEAST_ROWS, queries // 16))
+    rows = min(queries, rows)
     together = min(heads, max(1, budget // (rows * keys)))
     buffers = new(2, together * rows * keys)
     for item in range(batch):
