@@ -58,12 +58,12 @@ def render_inline(diagnosis: Diagnosis) -> str:
 
 def _finding(finding: Finding) -> str:
     colour = _SEVERITY_COLOURS[finding.severity]
-    source = f", from {escape(printable(finding.source))}" if finding.source else ""
     return (
         f'<li style="margin:.5em 0;padding-left:.8em;border-left:3px solid {colour}">'
         f'<span style="color:{colour};font-weight:600">{SEVERITY_WORDS[finding.severity]}</span> '
         f"<b>{escape(printable(finding.title))}</b><br>{escape(printable(finding.summary))}<br>"
-        f'<span style="{_QUIET}">{escape(printable(finding.threshold))}{source}</span></li>'
+        f'<span style="{_QUIET}">Threshold: {escape(printable(finding.threshold))}<br>'
+        f"Source: {escape(printable(finding.source))}</span></li>"
     )
 
 

@@ -125,8 +125,8 @@ def _facts(diagnosis: Diagnosis) -> str:
 
 def _told(finding: Finding) -> list[str]:
     lines = [printable(finding.summary)]
-    source = f", from {printable(finding.source)}" if finding.source else ""
-    lines.append(f"threshold: {printable(finding.threshold)}{source}")
+    lines.append(f"threshold: {printable(finding.threshold)}")
+    lines.append(f"source: {printable(finding.source)}")
     if finding.methods:
         lines.append(f"methods: {', '.join(map(printable, finding.methods))}")
     return lines
@@ -201,9 +201,10 @@ def _is_unicode(encoding: str) -> bool:
 
 def bar(share: float, width: int, encoding: str = "utf-8") -> str:
     """A bar of at most `width` characters, in eighths of a character where those can be printed."""
-    eighths = round(min(max(share, 0), 1) * width * 8)
+    length = min(max(share, 0), 1) * width
     if not _is_unicode(encoding):
-        return "#" * round(eighths / 8)
+        return "#" * round(length)
+    eighths = round(length * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
