@@ -1,5 +1,6 @@
 """Gradient checkpointing: what runs again in backward runs as it did the first time."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -223,3 +224,50 @@ def test_a_discarded_recording_is_freed_without_backward(reentrant: bool) -> Non
     del calls, output
     gc.collect()
     assert query() is None
+
+
+@KINDS
+def test_backward_with_the_tap_still_on(reentrant: bool) -> None:
+    """PyTorch turns modes off in `backward`; a direct call of its engine does not."""
+    torch.manual_seed(0)
+    model, x = Checkpointed(reentrant, depth=2).double(), hidden().double().requires_grad_()
+    expected = gradients(model, lambda: model(x), (hotter, shifted))
+    model.zero_grad(set_to_none=True)
+    quiet = warnings.catch_warnings(action="error")  # not "ran without a call" when run again
+    with quiet, tap(model, hotter), tap(model, shifted), tap(model) as calls:
+        loss = model(x).square().mean()
+        torch.autograd.Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (),
+            allow_unreachable=True, accumulate_grad=True,
+        )  # fmt: skip
+    assert len(calls) == 3
+    for parameter, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-9, atol=1e-12)
+
+
+class Force(Checkpointed):
+    """Takes a gradient within the region, through a region of its own."""
+
+    def region(self, x: Tensor) -> Tensor:
+        inner = self.first if self.reentrant is None else again(self.first, False)
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(inner(y).square().sum(), y)
+        return self.second(x + force)
+
+
+@KINDS
+def test_a_gradient_within_a_region(reentrant: bool) -> None:
+    """What runs again within the region is no call of the region itself."""
+
+    def by_name(call: AttentionCall, proceed: Proceed) -> Tensor:
+        return (hotter if call.name == "first" else shifted)(call, proceed)
+
+    found = []
+    for kind in (None, reentrant):
+        torch.manual_seed(0)
+        model, x = Force(kind).double(), hidden().double().requires_grad_()
+        found.append(gradients(model, lambda m=model, x=x: m(x), (by_name,)))
+    assert len(found[0]) == len(found[1]) == 4
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

@@ -145,6 +145,21 @@ def test_hooks_of_others_keep_their_order_and_place() -> None:
     assert order == ["first", "second"] * 2
 
 
+def test_what_a_hook_of_the_user_asks_belongs_to_the_module_it_hangs_on() -> None:
+    model, x = Toy(1), hidden()
+    layer = model.layers[0]
+
+    def ask(*_: object) -> None:
+        nn.functional.scaled_dot_product_attention(x, x, x)
+
+    handles = [layer.register_forward_pre_hook(ask), layer.register_forward_hook(ask)]
+    with left_as_it_was(model), tap(model) as calls:
+        model(x)
+    assert [call.name for call in calls] == ["layers.0"] * 3
+    for handle in handles:
+        handle.remove()
+
+
 def test_two_threads_tap_one_model() -> None:
     """Each sees its own calls, whatever the other does in between."""
     model, rounds = Toy(3), 60
