@@ -126,6 +126,17 @@ def test_a_copy_has_gates_of_its_own() -> None:
     assert not torch.allclose(logits(other), before)
 
 
+def test_a_projection_by_itself_is_not_gated_and_nothing_is_kept() -> None:
+    model = llama()
+    add_context_scale(model)
+    set_gates(model)
+    model(WORDS, use_cache=False)  # with a graph, which a copy could not take along
+    copy.deepcopy(model)
+    projection = model.model.layers[0].self_attn.o_proj
+    merged = torch.randn(2, 12, 24)
+    torch.testing.assert_close(projection(merged), merged @ projection.weight.T)
+
+
 def test_the_gates_alone_can_be_trained_also_under_checkpointing() -> None:
     gradients = []
     for checkpointing in (False, True):

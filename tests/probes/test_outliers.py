@@ -20,14 +20,14 @@ from attending.taps import tap
 MARK, CHANNEL, UNIT = 3, 7, 11  # the token with outliers; where in the stream, and in the MLP
 
 
-def planted_llama() -> LlamaForCausalLM:
-    """In block 1, one weight of the down-projection writes a huge value at the token MARK."""
+def planted_llama(layers: int = 4, block: int = 1) -> LlamaForCausalLM:
+    """In a block, one weight of the down-projection writes a huge value at the token MARK."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=31,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -37,7 +37,7 @@ def planted_llama() -> LlamaForCausalLM:
         embedding = model.model.embed_tokens.weight
         embedding[:, CHANNEL] = 0.0
         embedding[MARK, CHANNEL] = 0.5  # what makes the token known to the MLP
-        mlp = model.model.layers[1].mlp
+        mlp = model.model.layers[block].mlp
         mlp.gate_proj.weight[UNIT] = mlp.up_proj.weight[UNIT] = 0.0
         mlp.gate_proj.weight[UNIT, CHANNEL] = mlp.up_proj.weight[UNIT, CHANNEL] = 4.0
         mlp.down_proj.weight[:, UNIT] = 0.0
@@ -46,7 +46,7 @@ def planted_llama() -> LlamaForCausalLM:
             layer.self_attn.v_proj.weight[:, CHANNEL] = 0.0
             layer.self_attn.o_proj.weight[CHANNEL] = 0.0
         # The later layers look at the token, along the direction that the norm makes of it.
-        for layer in model.model.layers[2:]:
+        for layer in model.model.layers[block + 1 :]:
             layer.self_attn.q_proj.bias = nn.Parameter(torch.ones(32))
             layer.self_attn.k_proj.weight[:, CHANNEL] = 2.0
     return model
@@ -174,6 +174,10 @@ def test_criteria() -> None:
     assert find_outliers(model, words, tau=100.0).channels == {CHANNEL: 3}
     by_magnitude = find_outliers(model, ids(0, 5, 9), criterion="magnitude")
     assert by_magnitude.channels == {CHANNEL: 3}
+    # LLM.int8 asks for a quarter of the layers: one of six is less.
+    last = planted_llama(layers=6, block=5).eval()
+    assert not find_outliers(last, ids(0, 5, 9), criterion="magnitude").channels
+    assert find_outliers(last, ids(0, 5, 9), criterion="median").channels == {CHANNEL: 1}
     # Two tokens of 40 are less than 6 %.
     assert not find_outliers(model, words, criterion="magnitude").channels
 

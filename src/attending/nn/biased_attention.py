@@ -30,7 +30,7 @@ from torch import Tensor
 
 from attending.core.check import check_arguments
 from attending.core.kernels import map_rows
-from attending.core.state import AttentionState, attend
+from attending.core.state import attend
 from attending.nn.softmax_with_sink import sink_probability, softmax_with_sink
 
 
@@ -81,9 +81,7 @@ def attention_with_bias(
     logit = torch.einsum("bhqd,hd->bhq", query.to(dtype), key_bias.to(dtype)) * arguments.scale
     answer = value_bias.to(dtype)[:, None]
     if mode == "concat":
-        # At least in float32 until the end: the two parts may cancel.
-        wide = AttentionState(state.output.to(dtype), state.lse)
-        return softmax_with_sink(wide, logit, answer).output.to(query.dtype)
+        return softmax_with_sink(state, logit, answer).output
     share = sink_probability(state.lse, logit)[..., None]
     return (state.output.to(dtype) + share * answer).to(query.dtype)
 

@@ -61,8 +61,6 @@ def softmax_with_sink(
     else:
         _check_broadcast("value", value, tuple(output.shape))
         answer = value.to(output).expand(output.shape)
-    # A sink that is not there has to be an empty state: output 0 at lse -inf.
-    answer = answer.masked_fill((score == -torch.inf)[..., None], 0.0)
     return merge(state, AttentionState(answer, score))
 
 
