@@ -78,7 +78,7 @@ def test_grouped_queries_are_shown_as_meant_when_they_are_packed(llama: Any, pad
     class Listening(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             if func is function:
-                asked.append(tuple(args[0].shape))
+                asked.append(tuple((args[0] if args else kwargs["query"]).shape))
             return func(*args, **(kwargs or {}))
 
     mask = padding().flip(1) if padded else torch.ones_like(tokens())
@@ -103,6 +103,37 @@ def test_grouped_queries_are_shown_as_meant_when_they_are_packed(llama: Any, pad
     with tap(llama, check):
         generate(llama, attention_mask=mask)
     assert len(outputs) == 2 * (NEW - 1)
+
+    # Passed on unchanged, the function gets the very shapes that the model asked with.
+    plain = asked.copy()
+    asked.clear()
+    with Listening(), tap(llama, identity):
+        generate(llama, attention_mask=mask)
+    assert asked == plain
+
+
+@torch.no_grad()
+def test_a_mask_for_each_head_is_unpacked_with_the_queries() -> None:
+    from types import SimpleNamespace
+
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    class GroupedAttention(nn.Module):
+        num_key_value_groups, is_causal = 2, True
+        config = SimpleNamespace(num_attention_heads=4)
+
+        def forward(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+            return sdpa_attention_forward(self, query, key, key, mask)[0]
+
+    model = GroupedAttention()
+    query, key, mask = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 4, 1, 6)
+    plain = model(query, key, mask)
+    with tap(model) as calls:
+        assert torch.equal(model(query, key, mask), plain)
+    assert torch.equal(calls[0].query, query)
+    assert calls[0].attn_mask is not None
+    assert torch.equal(calls[0].attn_mask, mask)
+    torch.testing.assert_close(again(calls[0]).transpose(1, 2), plain)
 
 
 @torch.no_grad()

@@ -117,3 +117,17 @@ def test_the_name_decides_where_nothing_else_does(name: str, expected: bool) -> 
     with tap(model) as calls:
         model(hidden())
     assert [(call.name, call.is_cross) for call in calls] == [(name, expected)]
+
+
+class Block(Attend):
+    """No attention itself: what it was given says nothing of the attention inside."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        return self.inner(hidden_states)  # type: ignore[no-any-return]
+
+
+def test_a_source_of_the_block_is_none_of_its_attention() -> None:
+    model = Block()
+    with tap(model) as calls:
+        model(hidden(), hidden())
+    assert [(call.name, call.is_cross) for call in calls] == [("inner", False)]
