@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from attending.diagnosis import Diagnosis as Diagnosis
     from attending.diagnosis import Thresholds as Thresholds
     from attending.diagnosis import diagnose as diagnose
+    from attending.nn.registration import register_attention as register_attention
+    from attending.monitor import AttentionMonitor as AttentionMonitor
     from attending.taps import AttentionCall as AttentionCall
     from attending.taps import TapError as TapError
     from attending.taps import tap as tap
@@ -47,6 +49,8 @@ _PUBLIC = {
     "diagnose": ("attending.diagnosis", "diagnose"),
     "Diagnosis": ("attending.diagnosis", "Diagnosis"),
     "Thresholds": ("attending.diagnosis", "Thresholds"),
+    "AttentionMonitor": ("attending.monitor", "AttentionMonitor"),
+    "register_attention": ("attending.nn.registration", "register_attention"),
 }
 
 __all__ = [*_PUBLIC, "__version__"]
