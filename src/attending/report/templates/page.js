@@ -6,6 +6,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const { statistics, stacks, layers, blocks, findings } = data;
+const severalTexts = layers.some((layer) => layer.keys.some((head) => head.some((key) => key[2] > 0)));
 const byId = (id) => document.getElementById(id);
 
 function element(tag, properties = {}, ...children) {
@@ -471,7 +472,10 @@ function inWords(layer, head) {
   const strongest = (layers[layer].keys[head] ?? [])[0];
   if (isKnown(value("sink")) && strongest) {
     const token = element("span", { className: "token", textContent: strongest[0] });
-    sentences.push(["One key, ", token, ` at position ${strongest[1]}, receives `, bold(share(strongest[3])), ". "]);
+    sentences.push([
+      "The strongest key, ", token, ` at position ${strongest[1]}, receives `, bold(share(strongest[3])),
+      severalTexts ? `, in text ${strongest[2]}` : "", ". ",
+    ]);
   }
   if (isKnown(value("mean_distance"))) {
     const near = value("local_mass");
@@ -485,7 +489,6 @@ function inWords(layer, head) {
 
 function drawKeys(keys) {
   const most = Math.max(...keys.map((key) => key[3] ?? 0), 0);
-  const several = layers.some((layer) => layer.keys.some((head) => head.some((key) => key[2] > 0)));
   const items = keys.map(([token, position, sequence, importance]) => {
     const fill = element("i");
     fill.style.width = `${most > 0 ? (100 * importance) / most : 0}%`;
@@ -493,7 +496,7 @@ function drawKeys(keys) {
       "li",
       {},
       element("span", { className: "token", textContent: token, title: token }),
-      element("span", { className: "where", textContent: `position ${position}${several ? `, text ${sequence}` : ""}` }),
+      element("span", { className: "where", textContent: `position ${position}${severalTexts ? `, text ${sequence}` : ""}` }),
       element("div", { className: "meter" }, fill),
       element("span", { className: "value", textContent: share(importance) }),
     );
