@@ -8,7 +8,7 @@ from safetensors.torch import load_model
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from attending.conversion.softmax_only import fold_for_inference, reduce_nonlinearities
-from attending.losses import EntropyRegularizer
+from attending.losses.entropy_regularizer import EntropyRegularizer
 from attending.taps import tap
 
 VARIANTS = {

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attending.losses import entropy_quartiles, entropy_regularization
+from attending.losses.entropy_regularization import entropy_quartiles, entropy_regularization
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "entropy-guided-attention"
 

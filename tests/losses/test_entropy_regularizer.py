@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from attending.core import reference
-from attending.losses import EntropyRegularizer, entropy_regularization
+from attending.losses.entropy_regularization import entropy_regularization
+from attending.losses.entropy_regularizer import EntropyRegularizer
 from attending.taps import TapError, tap
 
 

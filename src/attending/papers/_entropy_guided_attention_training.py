@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from attending.conversion.softmax_only import reduce_nonlinearities
 from attending.core import statistics
-from attending.losses import EntropyRegularizer, entropy_quartiles
+from attending.losses.entropy_regularization import entropy_quartiles
+from attending.losses.entropy_regularizer import EntropyRegularizer
 from attending.taps import tap
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import read_documents, split
