@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from attending.diagnosis.blocks import BlockStatistics
 from attending.diagnosis.heads import HeadStatistics
 from attending.diagnosis.problems import (
+    call_in_four_dimensions,
     in_four_dimensions,
-    mask_in_four_dimensions,
     problems,
     visible_tokens,
 )
@@ -100,7 +100,7 @@ class Collector:
         self._calls[call.name] += 1
         count = self._calls[call.name]
         name = call.name if count == 1 else f"{call.name}#{count}"
-        shown = _in_four_dimensions(call)
+        shown = call_in_four_dimensions(call)
         padding = decoder_padding(self._batch)
         asking, seen = visible_tokens(shown, padding)
         ids = key_ids(shown, self._batch, self._encoder, len(seen))
@@ -144,17 +144,6 @@ class Collector:
         text = self._streams.get((hidden.shape[0], hidden.shape[1]))
         visible, ids = (None, None) if text is None else (text.visible, text.ids)
         self._blocks[name].add(hidden.detach(), visible, ids)
-
-
-def _in_four_dimensions(call: AttentionCall) -> AttentionCall:
-    mask = call.attn_mask
-    return dataclasses.replace(
-        call,
-        query=in_four_dimensions(call.query),
-        key=in_four_dimensions(call.key),
-        value=in_four_dimensions(call.value),
-        attn_mask=None if mask is None else mask_in_four_dimensions(mask, call),
-    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attending.core import statistics
-from attending.core.statistics._call import prepare
+from attending.core.statistics._call import Call, prepare
 from attending.core.statistics.columns import visible_queries
 from attending.diagnosis.problems import Problem
 from attending.diagnosis.record import STATISTICS, LayerRecord, TopKey
@@ -87,9 +87,7 @@ class HeadStatistics:
         self._columns(problem, summary.mass)
         if summary.pooled is not None:
             self._mean("pooled", summary.pooled.sum(0), query.shape[0])
-        importance = summary.mass / visible_queries(call).clamp_min(1.0)
-        enough = visible_queries(call) >= max(1.0, query.shape[2] / OLD_ENOUGH)
-        judged = importance.where(enough, 0.0)
+        judged = key_importance(call, summary.mass)
         self._mean("sink", judged.amax(-1).sum(0), query.shape[0])
         self._note_strongest(judged.detach().cpu(), ids, problem, first_sequence)
         if ids is not None and self.reader.has_classes:
@@ -171,7 +169,7 @@ class HeadStatistics:
             self._mean("max_probability", summary.max_probability.sum((0, 2)), batch * queries)
         if "normalized_entropy" in self.wanted:
             visible = visible.expand(summary.entropy.shape)
-            share = torch.where(visible > 1, summary.entropy / visible.clamp_min(2).log(), 0.0)
+            share = share_of_entropy(summary.entropy, visible)
             self._mean("normalized_entropy", share.sum((0, 2)), (visible > 1).sum((0, 2)))
 
     def _columns(self, problem: Problem, mass: Float[Tensor, "batch heads keys"]) -> None:
@@ -247,6 +245,22 @@ class HeadStatistics:
         if self._samples.shape[1] >= 2 * self._samples.shape[2]:
             self.similarity = statistics.head_similarity(self._samples).cpu()
         self._samples = None
+
+
+def key_importance(
+    call: Call, mass: Float[Tensor, "batch heads keys"]
+) -> Float[Tensor, "batch heads keys"]:
+    """The mean attention of the queries that see a key; 0 for keys that too few see to judge."""
+    count = visible_queries(call)
+    enough = count >= max(1.0, call.query.shape[2] / OLD_ENOUGH)
+    return (mass / count.clamp_min(1.0)).where(enough, 0.0)
+
+
+def share_of_entropy(
+    entropy: Float[Tensor, "batch heads queries"], visible: Float[Tensor, "batch heads queries"]
+) -> Float[Tensor, "batch heads queries"]:
+    """Entropies over their largest value, the log of the visible keys; 0 where that is 0."""
+    return torch.where(visible > 1, entropy / visible.clamp_min(2).log(), 0.0)
 
 
 def _structure(

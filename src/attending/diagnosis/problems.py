@@ -5,7 +5,7 @@ place. Taken out, the mask of a padded batch is mostly no mask any more, or the 
 fused kernels need none of it.
 """
 
-import math
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypedDict
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attending.core.masks import seen_keys, simplest_mask
 from attending.taps import AttentionCall
 
 
@@ -51,7 +52,7 @@ def visible_tokens(
     """Which queries and keys of a call are no padding.
 
     Args:
-        call: with 4-dimensional tensors, see `in_four_dimensions`.
+        call: with 4-dimensional tensors, see `call_in_four_dimensions`.
         query_padding: True for what is known to be no padding, where the mask does not tell (the
             queries of cross-attention).
     """
@@ -59,7 +60,7 @@ def visible_tokens(
     device = call.query.device
     seen = torch.ones(batch, keys, dtype=torch.bool, device=device)
     if call.attn_mask is not None:
-        seen = _visible(call.attn_mask).flatten(1, 2).any(1).expand(batch, keys)
+        seen = seen_keys(call.attn_mask, batch, keys)
     if not call.is_cross and queries <= keys and not (call.is_causal and queries < keys):
         asking = seen[:, keys - queries :]  # with a cache, the queries are the last tokens
     else:
@@ -111,17 +112,24 @@ def in_four_dimensions(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, tensor.dim() - 4)
 
 
+def call_in_four_dimensions(call: AttentionCall) -> AttentionCall:
+    """The call with all its tensors in four dimensions."""
+    mask = call.attn_mask
+    return dataclasses.replace(
+        call,
+        query=in_four_dimensions(call.query),
+        key=in_four_dimensions(call.key),
+        value=in_four_dimensions(call.value),
+        attn_mask=None if mask is None else mask_in_four_dimensions(mask, call),
+    )
+
+
 def mask_in_four_dimensions(mask: Tensor, call: AttentionCall) -> Tensor:
     """The mask of a call to go with its tensors in four dimensions."""
     if call.query.dim() == 4:
         return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     full = (*call.query.shape[:-1], call.key_length)
     return in_four_dimensions(mask.expand(full))
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """What a mask lets be seen; transformers hides with the lowest float as well as with -inf."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _simplest_mask(
@@ -140,16 +148,4 @@ def _simplest_mask(
         mask = mask[:, :, queries]
     if mask.shape[3] > 1:
         mask = mask[..., keys]
-    visible = _visible(mask)
-    if mask.dtype != torch.bool:
-        if bool((mask[visible] == 0).all()):
-            mask = visible
-        else:
-            return mask.masked_fill(~visible, -math.inf), False
-    if bool(visible.all()):
-        return None, False
-    if square and mask.shape[2] == len(queries) and mask.shape[3] == len(keys):
-        causal = torch.ones(len(queries), len(keys), dtype=torch.bool, device=mask.device).tril()
-        if bool((visible == causal).all()):
-            return None, True
-    return mask, False
+    return simplest_mask(mask, len(queries), len(keys))
