@@ -297,7 +297,12 @@ def dense_rows(scores: Tensor, value: Tensor | None = None) -> tuple[Tensor, Ten
     lse = (highest + total.log()).masked_fill(empty, -math.inf).squeeze(-1)
     output = weights / total
     if value is not None:
-        batch, heads, rows, keys = output.shape
-        grouped = output.reshape(batch, value.shape[1], -1, keys)
-        output = (grouped @ value.to(output.dtype)).view(batch, heads, rows, -1).to(value.dtype)
+        output = weigh(output, value).to(value.dtype)
     return output, lse
+
+
+def weigh(weights: Tensor, value: Tensor) -> Tensor:
+    """`weights @ value` in the dtype of the weights, where value may have fewer heads."""
+    batch, heads, rows, keys = weights.shape
+    grouped = weights.reshape(batch, value.shape[1], -1, keys)
+    return (grouped @ value.to(weights.dtype)).view(batch, heads, rows, -1)

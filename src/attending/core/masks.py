@@ -32,6 +32,25 @@ def visible_entries(mask: Tensor) -> Bool[Tensor, "*mask"]:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def hiding_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias that only hides, with -inf where it does.
+
+    For operators whose weights are not exponentials of the scores, to which one cannot add.
+
+    Raises:
+        ValueError: for one that adds something else.
+    """
+    if bias is None:
+        return None
+    visible = visible_entries(bias)
+    if not bool((bias[visible] == 0).all()):
+        raise ValueError(
+            "attn_mask: expected a mask that only hides, boolean or of 0 and -inf, since this "
+            "operator has no logits to which a bias could be added; got other numbers."
+        )
+    return bias.masked_fill(~visible, -math.inf)
+
+
 def seen_keys(mask: Tensor, batch: int, keys: int) -> Bool[Tensor, "batch keys"]:
     """Which keys some query of their sequence sees; the others are padding."""
     return visible_entries(mask).flatten(1, 2).any(1).expand(batch, keys)

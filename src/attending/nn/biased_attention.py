@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attending.core.check import check_arguments
-from attending.core.kernels import map_rows
+from attending.core.kernels import map_rows, weigh
 from attending.core.state import attend
 from attending.nn.softmax_with_sink import sink_probability, softmax_with_sink
 
@@ -131,11 +131,7 @@ def sigmoid_attention(
     shift = math.log(length)
 
     def rows(scores: Tensor, value: Tensor) -> tuple[Tensor]:
-        weights = torch.sigmoid(scores - shift)
-        batch, heads, queries, keys = weights.shape
-        grouped = weights.reshape(batch, value.shape[1], -1, keys)
-        output = (grouped @ value.to(weights.dtype)).view(batch, heads, queries, -1)
-        return (output.to(value.dtype),)
+        return (weigh(torch.sigmoid(scores - shift), value).to(value.dtype),)
 
     blocks = map_rows(rows, query, key, arguments.bias, is_causal, arguments.scale, value=value)
     return torch.cat([output for (output,) in blocks], 2)
