@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attending as at
-from attending.diagnosis.collect import evaluating
+from attending.probes.running import evaluating
 
 VOCABULARY = 40
 
@@ -122,7 +122,7 @@ def dense(
 
 
 def probe_calls(model: nn.Module, probe: Mapping[str, Tensor]) -> list[at.AttentionCall]:
-    with evaluating(model), at.tap(model) as calls:
+    with torch.no_grad(), evaluating(model), at.tap(model) as calls:
         model(**probe)
     return calls
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
@@ -144,17 +143,3 @@ class Collector:
         text = self._streams.get((hidden.shape[0], hidden.shape[1]))
         visible, ids = (None, None) if text is None else (text.visible, text.ids)
         self._blocks[name].add(hidden.detach(), visible, ids)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of a model in evaluation mode and without gradients; afterwards each part as before."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from attending.probes import running
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -31,45 +32,11 @@ def as_batches(
                 "diagnose(model, text, tokenizer=tokenizer)."
             )
         inputs = _tokenized(list(inputs), tokenizer)
-    if isinstance(inputs, Mapping | Tensor | tuple):
-        return [inputs], 1
-    if not isinstance(inputs, Iterable):
-        raise ValueError(
-            "inputs: expected a mapping of the model's arguments, a tensor, a tuple of positional "
-            f"arguments, or an iterable of those, got {type(inputs).__name__}."
-        )
-    count = len(inputs) if isinstance(inputs, Sized) else None
+    batches = running.as_batches(inputs)
+    count = len(batches) if isinstance(batches, Sized) else None
     if count is not None and max_batches is not None:
         count = min(count, max_batches)
-    return islice(inputs, max_batches), count
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: keyword arguments of a mapping, positional ones of a sequence."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: the device of its first parameter that is on any."""
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    return torch.device("cpu")
+    return islice(batches, max_batches), count
 
 
 def _tokenized(texts: list[str], tokenizer: Any) -> Mapping[str, Any]:

@@ -5,15 +5,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from attending import __version__
-from attending.diagnosis.collect import Collector, evaluating
+from attending.diagnosis.collect import Collector
 from attending.diagnosis.findings import find
-from attending.diagnosis.inputs import Forward, as_batches, device_of, run, to_device
+from attending.diagnosis.inputs import Forward, as_batches
 from attending.diagnosis.record import STATISTICS, Diagnosis
 from attending.diagnosis.thresholds import Thresholds
 from attending.diagnosis.tokens import TokenClasses, TokenReader
+from attending.probes.running import device_of, evaluating, run_model, to_device
 
 # `max_probability` has no fused form and costs as much as an eager map, so it is only on request.
 DEFAULT_STATISTICS = tuple(name for name in STATISTICS if name != "max_probability")
@@ -80,14 +82,14 @@ def diagnose(
     batches, count = as_batches(inputs, tokenizer, max_batches)
     wanted, device = _wanted(statistics), device_of(model)
     ran = False
-    with _progress_bar(count, progress) as bar, evaluating(model):
+    with _progress_bar(count, progress) as bar, evaluating(model), torch.no_grad():
         collector = Collector(model, reader, wanted, map_size, bar.set_postfix_str)
         with collector.watching():
             for batch in batches:
                 ran = True
                 batch = to_device(batch, device)
                 with collector.batch(batch):
-                    run(model, batch) if forward is None else forward(model, batch)
+                    run_model(model, batch) if forward is None else forward(model, batch)
                 bar.update()
             if not ran:
                 raise ValueError("inputs: expected at least one batch, got none.")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attending.diagnosis.collect import evaluating
-from attending.diagnosis.inputs import Forward, device_of, run, to_device
+from attending.diagnosis.inputs import Forward
 from attending.monitor.layers import measure_layers
 from attending.monitor.limits import Alarm, AttentionWarning, Limits, alarms
 from attending.monitor.records import Measurement
 from attending.monitor.weights import attention_weights, check_patterns, measure_weights
+from attending.probes.running import device_of, evaluating, to_device
 from attending.taps.refusal import refuse_what_bypasses
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class AttentionMonitor:
         if not isinstance(probe, Tensor) and not len(probe):
             raise ValueError("probe: expected a batch, got an empty one.")
         refuse_what_bypasses(model)
-        with evaluating(model):
+        with torch.no_grad(), evaluating(model):
             check_patterns(model, weights)
         self.model, self.every, self.per_layer, self.log = model, every, per_layer, log
         self.limits = Limits() if limits is None else limits
@@ -134,7 +134,7 @@ class AttentionMonitor:
         self.warnings: list[Alarm] = []
         self.skipped_weights: dict[str, str] = {}
         self._probe = copy.deepcopy(probe)
-        self._forward = run if forward is None else forward
+        self._forward = run_model if forward is None else forward
         self._patterns = weights
         self._kept: tuple[int, dict[str, Tensor]] | None = None  # weights, and after which step
         self._active: set[tuple[str, str]] = set()  # alarms that have not ended
@@ -165,7 +165,7 @@ class AttentionMonitor:
         `step` does it by itself; this is for what calls before and after each step.
         """
         if self.is_due(step) and self._patterns != ():
-            with evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 weights = attention_weights(self.model, self._patterns)
                 copies = {w.name: w.value.clone() for w in weights if w.problem is None}
             self._kept = (step - 1, copies)
@@ -192,7 +192,7 @@ class AttentionMonitor:
         """
         self.steps = self.steps if step is None else step
         start = time.perf_counter()
-        with _same_random_numbers(self.model), evaluating(self.model):
+        with _same_random_numbers(self.model), torch.no_grad(), evaluating(self.model):
             # Before the forward, after which some of the sharded weights are whole for a while.
             weights = attention_weights(self.model, self._patterns)
             kept = self._kept if self._kept and self._kept[0] == self.steps - 1 else None

@@ -1,17 +1,18 @@
-"""How a probe runs a model: with what it was given, and in evaluation mode until it is done."""
+"""How a model is run to be measured: with what it was given, where it is, in evaluation mode."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: keyword arguments of a mapping, positional ones of a tuple."""
+    """Call a model with a batch: keyword arguments of a mapping, positional ones of a sequence."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
 
@@ -34,6 +35,25 @@ def first_tensor(batch: Any) -> Tensor | None:
         return batch
     values = batch.values() if isinstance(batch, Mapping) else batch
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: the device of its first parameter that is on any."""
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    return torch.device("cpu")
 
 
 @contextmanager
