@@ -18,7 +18,7 @@ from attending.monitor.layers import measure_layers
 from attending.monitor.limits import Alarm, AttentionWarning, Limits, alarms
 from attending.monitor.records import Measurement
 from attending.monitor.weights import attention_weights, check_patterns, measure_weights
-from attending.probes.running import device_of, evaluating, to_device
+from attending.probes.running import device_of, evaluating, run_model, to_device
 from attending.taps.refusal import refuse_what_bypasses
 
 if TYPE_CHECKING:
