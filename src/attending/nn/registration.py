@@ -25,6 +25,10 @@ OPERATORS: Mapping[str, Operator] = {
     "softmax-off-by-one": Operator(
         "attending.nn.softmax_attention:softmax_off_by_one", decodes=True, cross=True
     ),
+    "flow": Operator("attending.nn.flow_attention:flow_attention", masks="keys", cross=True),
+    "flow-unclamped": Operator(
+        "attending.nn.flow_attention:unclamped_flow_attention", masks="keys", cross=True
+    ),
     "sigmoid": Operator(
         "attending.nn.biased_attention:sigmoid_attention",
         decodes=True,
