@@ -151,8 +151,6 @@ class Adapter:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         mask = attention_mask
-        if mask is not None:
-            mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         call = _Call(module, query, key, value, mask, scaling, bool(is_causal))
         self._refuse_arguments(call, dropout, others)
         return self._attend(call, attention_mask).transpose(1, 2).contiguous(), None
@@ -235,6 +233,12 @@ class Adapter:
         return self._function(query, key, value, **known)
 
     def _refuse_arguments(self, call: _Call, dropout: float, others: Mapping[str, object]) -> None:
+        if call.mask is not None and call.mask.dim() != 4:
+            reason = (
+                "it takes a mask of [batch, heads, queries, keys], as for sdpa, and got "
+                f"{list(call.mask.shape)}"
+            )
+            raise call.refusal(self.name, reason)
         if dropout:
             reason = (
                 f"it has no dropout on the map, and the model asks for {dropout}. Set "

@@ -19,6 +19,7 @@ from torch import Tensor
 from attending.core.check import check_arguments
 from attending.core.kernels import map_rows, weigh
 from attending.core.masks import hiding_bias
+from attending.nn._causal_sum import full_precision
 
 
 def taylor_attention(
@@ -76,10 +77,12 @@ def taylor_attention(
         blocks = map_rows(rows, query, key, bias, is_causal, arguments.scale, value=value)
         return torch.cat([output for (output,) in blocks], 2)
 
-    if normalization == "joint":
-        return mean(query, key, "polynomial").to(query.dtype)
-    squares = mean(query.to(dtype).square(), key.to(dtype).square(), "scores")
-    return (mean(query, key, "ones") + mean(query, key, "scores") + squares).to(query.dtype)
+    with full_precision(query):
+        if normalization == "joint":
+            return mean(query, key, "polynomial").to(query.dtype)
+        squares = mean(query.to(dtype).square(), key.to(dtype).square(), "scores")
+        orders = mean(query, key, "ones") + mean(query, key, "scores") + squares
+        return orders.to(query.dtype)
 
 
 def taylor_features(
