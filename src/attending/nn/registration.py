@@ -38,6 +38,8 @@ OPERATORS: Mapping[str, Operator] = {
             "would otherwise change with every length and with padding"
         },
     ),
+    "taylor": Operator("attending.nn.taylor_attention:taylor_attention", decodes=True, cross=True),
+    "nonapprox": Operator("attending.nn.nonapprox_attention:nonapprox_attention", masks="keys"),
 }
 
 
