@@ -1,0 +1,128 @@
+"""The operators that `operators.py` measures: add a row.
+
+A contender is `"module:function"`, called as `function(query, key, value, is_causal)` with tensors
+`[batch, heads, tokens, dim]`, in float32. Write ours as a wrapper if it is called otherwise. The
+straightforward formulation is what the operator's own paper (or official code) writes down, in a
+file of its own in `_operators/`; peers are other libraries, imported when they are measured, and
+left out with the reason where they are not installed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that was set before the measurement.
+
+    Attributes:
+        words: what is compared.
+        path: where the number is in the row's figures.
+        at_least, at_most: its bounds.
+    """
+
+    words: str
+    path: tuple[str, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator.
+
+    Attributes:
+        ours: our function.
+        straightforward: that of the paper.
+        causal: the forms that there are.
+        same: whether ours and the straightforward one compute the same numbers, which is checked.
+        peers: by name.
+        longest: more tokens than this are not asked of the straightforward formulation in its
+            causal form, for its memory.
+        goals: bounds on figures of this row.
+    """
+
+    ours: str
+    straightforward: str
+    causal: tuple[bool, ...] = (False, True)
+    same: bool = True
+    peers: Mapping[str, str] = field(default_factory=dict)
+    longest: int = 16384
+    goals: tuple[Goal, ...] = ()
+
+
+OURS, STRAIGHTFORWARD, SDPA = "ours", "straightforward", "SDPA"
+
+
+def never_slower(causal: tuple[bool, ...] = (False, True), factor: float = 1.0) -> tuple[Goal, ...]:
+    """The goal of every operator: at 4096 tokens, in time."""
+    forms = [("causal" if one else "bidirectional") for one in causal]
+    return tuple(
+        Goal(
+            f"straightforward / ours, time, {form}, {work}, 4096 tokens",
+            (form, work, "4096", STRAIGHTFORWARD, "time over ours"),
+            at_least=factor,
+        )
+        for form in forms
+        for work in ("forward", "forward and backward")
+    )
+
+
+def small_memory(factor: float, form: str = "causal") -> tuple[Goal, ...]:
+    """Peak memory of ours over that of the straightforward formulation, at 4096 tokens."""
+    return tuple(
+        Goal(
+            f"ours / straightforward, peak memory, {form}, {work}, 4096 tokens",
+            (form, work, "4096", STRAIGHTFORWARD, "memory of ours over it"),
+            at_most=factor,
+        )
+        for work in ("forward", "forward and backward")
+    )
+
+
+def linear_growth(*forms: str) -> tuple[Goal, ...]:
+    """The exponent of the time of the forward pass, over 1024 to 65536 tokens."""
+    return tuple(
+        Goal(f"growth exponent, {form}", (form, "growth exponent"), at_most=1.05) for form in forms
+    )
+
+
+ROWS: Mapping[str, Row] = {
+    "linear": Row(
+        ours="_operators.linear:ours",
+        straightforward="_operators.linear:straightforward",
+        peers={"flash-linear-attention, plain PyTorch": "_operators.linear:fla_naive"},
+        goals=(*never_slower(), *linear_growth("bidirectional", "causal")),
+    ),
+    "flow": Row(
+        ours="_operators.flow:ours",
+        straightforward="_operators.flow:straightforward",
+        goals=(
+            *never_slower((False,)),
+            *never_slower((True,), factor=3.0),
+            *small_memory(0.1),
+            *linear_growth("bidirectional", "causal"),
+        ),
+    ),
+}
+
+
+def load(contender: str) -> Attention:
+    """The function of a contender."""
+    if contender == SDPA:
+        return sdpa
+    module, _, name = contender.partition(":")
+    function: Attention = getattr(import_module(module), name)
+    return function
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """What all are compared with."""
+    output: Tensor = scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    return output

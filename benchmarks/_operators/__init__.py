@@ -1,0 +1,1 @@
+"""The straightforward formulations that `operators.py` measures against, a file each."""
