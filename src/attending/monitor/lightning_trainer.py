@@ -13,7 +13,7 @@ def make_callback(monitor: "AttentionMonitor") -> Any:
     """See `AttentionMonitor.lightning_callback`."""
     base: Any = _lightning().Callback
 
-    class AttentionMonitorCallback(base):
+    class AttentionMonitorCallback(base):  # type: ignore[misc]
         """Measures and logs at the steps that are due."""
 
         last = 0  # the last step that was seen

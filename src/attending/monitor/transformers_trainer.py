@@ -18,7 +18,7 @@ def attach(monitor: "AttentionMonitor", trainer: Any) -> None:
             "trainer.model, or with a part of it."
         )
 
-    class AttentionMonitorCallback(TrainerCallback):
+    class AttentionMonitorCallback(TrainerCallback):  # type: ignore[misc]
         """Measures and logs at the steps that are due."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
