@@ -1,0 +1,1 @@
+"""Whole models of the papers, small enough to train here."""
