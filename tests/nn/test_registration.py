@@ -13,11 +13,16 @@ from torch import Tensor, nn
 import attending as at
 from attending.core.state import biased_attention_state
 from attending.nn._attention_adapter import Adapter, Operator
+from attending.nn.combiner_plans import FixedPlan
 from attending.nn.registration import OPERATORS, load_operator
 
 LENGTH = 16
 # Options for those operators that need some. Every row of the table is tested.
-OPTIONS: dict[str, dict[str, object]] = {"sigmoid": {"key_length": LENGTH}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "sigmoid": {"key_length": LENGTH},
+    "combiner": {"plan": FixedPlan(4)},
+    "hierarchical": {"tree": (3,)},
+}
 NAMES = sorted(OPERATORS)
 CAUSAL = [name for name in NAMES if OPERATORS[name].causal]
 BOTH_WAYS = [name for name in NAMES if OPERATORS[name].bidirectional]

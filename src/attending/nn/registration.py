@@ -39,6 +39,17 @@ OPERATORS: Mapping[str, Operator] = {
         },
     ),
     "taylor": Operator("attending.nn.taylor_attention:taylor_attention", decodes=True, cross=True),
+    "combiner": Operator(
+        "attending.nn.combiner:combiner_attention",
+        masks="keys",
+        required={"plan": "such as FixedPlan(32) of attending.nn.combiner_plans"},
+    ),
+    "hierarchical": Operator(
+        "attending.nn.hierarchical_attention:hierarchical_attention",
+        causal=False,
+        masks="keys",
+        required={"tree": "such as (4, 4), windows of 4 tokens and of 4 such windows"},
+    ),
     "nonapprox": Operator("attending.nn.nonapprox_attention:nonapprox_attention", masks="keys"),
 }
 
