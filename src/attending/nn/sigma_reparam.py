@@ -59,9 +59,10 @@ linear layers and convolutions are reproduced to 1e-10. What differs from it:
 - gamma starts at `||W||_2` (`gamma_init="spectral"`, as in the official vision code) or at 1
   (`"one"`, as in the paper and the official speech code).
 
-With `"one"`, mind the width: drawn with std 0.02, a weight of width 32 has a spectral norm of about
-0.2, and since the weight is scale-invariant, Adam then takes relative steps that are five times
-larger than at width 768. Draw with std `fan_in ** -0.5` there.
+Mind the width: a weight drawn with std 0.02 has a spectral norm of about 1.1 at width 768 and of
+0.2 at width 32. One step of Adam then turns it by a large angle, for its direction is all that
+counts. A vision transformer of width 64 without LayerNorm, drawn so, had not begun to learn after
+400 steps; with std `fan_in ** -0.5` it did.
 """
 
 from collections.abc import Callable, Iterator
@@ -227,6 +228,8 @@ class SigmaReparam(nn.Module):
             if _wide(tensor.dtype) != tensor.dtype:
                 source = tensor.detach() if old.is_meta else old
                 tensor.data = source.to(tensor.device, _wide(tensor.dtype))
+        if self.gamma.grad is not None:
+            self.gamma.grad = self.gamma.grad.to(self.gamma.dtype)
         return self
 
     def extra_repr(self) -> str:
