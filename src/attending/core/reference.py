@@ -147,7 +147,7 @@ def varentropy(dense: Map) -> Float64[Tensor, "batch heads queries"]:
 
 
 def expected_features(
-    dense: Map, features: Float[Tensor, "*batch keys features"]
+    dense: Map, features: Float[Tensor, "*feature_batch keys features"]
 ) -> Float64[Tensor, "batch heads queries features"]:
     """`sum_j p[i, j] features[j]`."""
     return dense.probabilities @ features.double()
@@ -173,7 +173,8 @@ def centred_logit_norm(dense: Map) -> Float64[Tensor, "batch heads queries"]:
     scores = dense.scores.masked_fill(~dense.visible, 0.0)
     count = dense.visible.sum(-1, keepdim=True).clamp_min(1)
     centred = (scores - scores.sum(-1, keepdim=True) / count).masked_fill(~dense.visible, 0.0)
-    return centred.square().sum(-1).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=-1)
+    return norm
 
 
 def entropy_lower_bound(num_keys: int, logit_norm: float) -> float:
@@ -191,7 +192,7 @@ def entropy_lower_bound(num_keys: int, logit_norm: float) -> float:
 
 
 def column_mass(
-    dense: Map, query_weights: Float[Tensor, "*batch queries"] | None = None
+    dense: Map, query_weights: Float[Tensor, "*weight_batch queries"] | None = None
 ) -> Float64[Tensor, "batch heads keys"]:
     """`sum_i w[i] p[i, j]`: the attention that each key receives."""
     if query_weights is None:
