@@ -58,10 +58,11 @@ class AttentionMonitor:
     step is due, so for one step in `every` the monitor holds a second copy of the attention
     weights. Query, key and value in one weight (GPT-2) have one number.
 
-    **What it costs.** About one forward of the probe batch in evaluation mode, and on a CPU about
-    as much again as attention takes of it. `Measurement.seconds` says it for your model. Leave
+    **What it costs.** One forward of the probe in evaluation mode, and about 0.7 times as much again
+    for the statistics, measured for a small Llama on a CPU; with a probe as large as a training
+    batch that was half of a training step. `Measurement.seconds` says it for your model. Leave
     labels out of the probe where the model allows: the loss is not used. On a GPU the largest logit
-    takes an eager map in blocks: mind the length of the probe there.
+    takes an eager map in blocks: mind the length of the probe there. (It was not timed on one.)
 
     **Several processes.** Data parallel: the model inside the wrapper is measured, on every process
     alike, and the first process warns. Of sharded weights (FSDP, `fully_shard`, ZeRO-3) no process
@@ -79,7 +80,7 @@ class AttentionMonitor:
             tuple or list of positional arguments. It is copied. 4 sequences of the usual length are
             plenty; statistics of different probes do not compare.
         every: measure after each step that is a multiple of this. At the default, 100, it costs
-            about 1 % of the training that `benchmarks/monitor.py` runs.
+            about 0.5 % of the training that `benchmarks/monitor.py` runs; 5 % are reached at 10.
         limits: when to warn.
         weights: names of linear layers to watch, as in `model.named_modules()`, with `*` and `?` as
             wildcards; by default those in modules whose class is named after attention. `()` for
