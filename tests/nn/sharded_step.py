@@ -1,6 +1,6 @@
 """Three training steps of a small converted model, on one process or sharded over several.
 
-`python sharded_step.py RANK WORLD PORT OUT` runs one of WORLD ranks; rank 0 writes the final state
+`python sharded_step.py RANK WORLD MEETING OUT` runs one of WORLD ranks; rank 0 writes the final state
 and the logits to OUT. The test runs it twice and compares with `single_process()`.
 """
 
@@ -51,15 +51,13 @@ def single_process() -> dict[str, Tensor]:
     return {**model.state_dict(), "logits": logits}
 
 
-def sharded(rank: int, world: int, port: str, out: str) -> None:
+def sharded(rank: int, world: int, meeting: str, out: str) -> None:
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     model = make_model()
     for block in model[1:3]:
