@@ -1,7 +1,7 @@
 """Three training steps of a small converted model, on one process or sharded over several.
 
-`python sharded_step.py RANK WORLD MEETING OUT` runs one of WORLD ranks; rank 0 writes the final state
-and the logits to OUT. The test runs it twice and compares with `single_process()`.
+`python sharded_step.py RANK WORLD MEETING OUT` runs one of WORLD ranks; rank 0 writes the
+final state and the logits to OUT. The test runs it twice and compares with `single_process()`.
 """
 
 import sys
