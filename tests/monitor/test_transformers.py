@@ -27,7 +27,9 @@ def make_trainer(model: Any, folder: Path, **settings: Any) -> Any:
         **settings,
     }
     rows = [{"input_ids": row, "labels": row} for row in text(7, 32)]
-    return Trainer(model, TrainingArguments(output_dir=str(folder), **arguments), train_dataset=rows)
+    return Trainer(
+        model, TrainingArguments(output_dir=str(folder), **arguments), train_dataset=rows
+    )
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -58,8 +58,8 @@ class AttentionMonitor:
     step is due, so for one step in `every` the monitor holds a second copy of the attention
     weights. Query, key and value in one weight (GPT-2) have one number.
 
-    **What it costs.** One forward of the probe in evaluation mode, and about 0.7 times as much again
-    for the statistics, measured for a small Llama on a CPU; with a probe as large as a training
+    **What it costs.** One forward of the probe in evaluation mode, and about 0.6 times as much for
+    the statistics, measured for a small Llama on a CPU; with a probe as large as a training
     batch that was half of a training step. `Measurement.seconds` says it for your model. Leave
     labels out of the probe where the model allows: the loss is not used. On a GPU the largest logit
     takes an eager map in blocks: mind the length of the probe there. (It was not timed on one.)
