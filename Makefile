@@ -12,6 +12,7 @@ JOBS ?= 2
 TORCH := 2.13.0
 
 BIN := .venv/bin
+SHAPELY := tests/core tests/nn tests/losses tests/probes
 # The environment variables hold packages to the constraints in which pip builds wheels, too.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -30,7 +31,10 @@ demo: .venv/.dev ## diagnose two real models and write results/*.html
 test: .venv/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-check: lint types floors docs test ## everything that a change has to pass
+shapes: .venv/.dev ## run tests with every annotation checked: shapes, dtypes, types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --shapes -m "not slow" $(SHAPELY)
+
+check: lint types floors docs shapes test ## everything that a change has to pass
 
 lint: .venv/.dev ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -7,7 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import inspect
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
+SHAPELY_ROOMS = ("core", "nn", "losses", "probes", "models", "interventions")
+
 # A first call may load kernels, so no deadline. Under CI the examples are the same in every run:
 # what fails there fails here, too.
 settings.register_profile("dev", deadline=None)
@@ -29,6 +34,43 @@ settings.load_profile("ci" if CI else "dev")
 
 # Tests run side by side (pytest -n 2), each on its own core.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shapes",
+        action="store_true",
+        help="check all annotations of the package as its functions run: shapes, dtypes, types",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test file imports the package."""
+    if config.getoption("--shapes"):
+        from jaxtyping import install_import_hook
+
+        import tools.annotations  # noqa: F401 - the hook looks it up by name
+
+        assert not any(name.startswith("attending.") for name in sys.modules)
+        install_import_hook(
+            [f"attending.{room}" for room in SHAPELY_ROOMS], "tools.annotations.checked"
+        )
+        settings.register_profile("shapes", deadline=None, derandomize=True, max_examples=8)
+        settings.load_profile("shapes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shapes, leave out what annotations forbid on purpose, and what compiles."""
+    if not config.getoption("--shapes"):
+        return
+    forbidden = re.compile(r"pytest\.raises|torch\.compile|subprocess|# not typed")
+    kept, left_out = [], []
+    for item in items:
+        function = getattr(item, "function", None)
+        source = "" if function is None else inspect.getsource(inspect.unwrap(function))
+        (left_out if forbidden.search(source) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

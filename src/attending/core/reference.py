@@ -147,7 +147,9 @@ def varentropy(dense: Map) -> Float64[Tensor, "batch heads queries"]:
 
 
 def expected_features(
-    dense: Map, features: Float[Tensor, "*feature_batch keys features"]
+    dense: Map,
+    features: Float[Tensor, "*feature_batch keys features"]
+    | Int[Tensor, "*feature_batch keys features"],
 ) -> Float64[Tensor, "batch heads queries features"]:
     """`sum_j p[i, j] features[j]`."""
     return dense.probabilities @ features.double()

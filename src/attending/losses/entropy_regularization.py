@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Entropies: TypeAlias = Float[Tensor, "batch heads queries"]
-Thresholds: TypeAlias = Float[Tensor, " heads"]
+Entropies: TypeAlias = Float[Tensor, "batch _heads queries"]
+Thresholds: TypeAlias = Float[Tensor, " _heads"]
 
 Semantics: TypeAlias = Literal["paper", "official"]
 """What is compared with the band.

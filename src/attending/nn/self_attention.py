@@ -5,7 +5,7 @@ differ in nothing else. The functions behind them are in `attending.nn.biased_at
 `attending.nn.context_scale`.
 """
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ Variant = Literal[
 ]
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """What keeps keys and values between calls; transformers' `DynamicCache` is one."""
 

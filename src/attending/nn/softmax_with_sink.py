@@ -30,8 +30,8 @@ from attending.core.state import AttentionState, merge
 
 def softmax_with_sink(
     state: AttentionState,
-    logit: float | Float[Tensor, "*#batch #queries"],
-    value: Float[Tensor, "*#batch #queries dim"] | None = None,
+    logit: float | Float[Tensor, "*broadcast"],
+    value: Float[Tensor, "*broadcast_too dim"] | None = None,
 ) -> AttentionState:
     """The state after one more key, which every query sees with score `logit`.
 
@@ -65,7 +65,7 @@ def softmax_with_sink(
 
 
 def sink_probability(
-    lse: Float[Tensor, "*batch queries"], logit: float | Float[Tensor, "*#batch #queries"]
+    lse: Float[Tensor, "*batch queries"], logit: float | Float[Tensor, "*broadcast"]
 ) -> Float[Tensor, "*batch queries"]:
     """The share of attention that a sink takes, `exp(logit) / (exp(logit) + exp(lse))`.
 

@@ -9,7 +9,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Criterion = Literal["mean", "median", "magnitude"]
@@ -179,8 +179,8 @@ def weight_outlier_ratios(weight: Float[Tensor, "out_features in_features"]) -> 
 
 def attention_outliers(
     column_mass: Float[Tensor, "batch heads keys"],
-    visible_queries: Float[Tensor, "#batch #heads keys"],
-    queries: int | Float[Tensor, " batch"],
+    visible_queries: Float[Tensor, "#batch #heads keys"] | Int[Tensor, "#batch #heads keys"],
+    queries: int | Float[Tensor, " batch"] | Int[Tensor, " batch"],
     *,
     share: float = 0.1,
 ) -> AttentionOutliers:

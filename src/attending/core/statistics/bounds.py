@@ -29,8 +29,8 @@ CHUNK = 128  # keys that a causal row is compared with one by one; those before 
 
 
 def entropy_lower_bound(
-    num_keys: int | Int[Tensor, "*rows"] | Float[Tensor, "*rows"],
-    logit_norm: float | Float[Tensor, "*rows"],
+    num_keys: int | Int[Tensor, "*key_rows"] | Float[Tensor, "*key_rows"],
+    logit_norm: float | Float[Tensor, "*norm_rows"],
 ) -> Float[Tensor, "*rows"]:
     """The least Shannon entropy, in nats, of a softmax over `num_keys` scores of this norm.
 

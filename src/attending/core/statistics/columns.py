@@ -44,7 +44,7 @@ class ColumnSummary(NamedTuple):
 def column_mass(
     query: Query,
     key: Key,
-    query_weights: Float[Tensor, "*#batch queries"] | None = None,
+    query_weights: Float[Tensor, "*weight_batch queries"] | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -88,7 +88,7 @@ def column_importance(
 def received_features(
     query: Query,
     key: Key,
-    query_features: Float[Tensor, "*batch queries features"],
+    query_features: Float[Tensor, "*feature_batch queries features"],
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -170,7 +170,7 @@ def column_summary(
     query: Query,
     key: Key,
     lse: Rows,
-    query_weights: Float[Tensor, "*#batch queries"] | None = None,
+    query_weights: Float[Tensor, "*weight_batch queries"] | None = None,
     size: int | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,

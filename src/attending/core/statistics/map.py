@@ -52,8 +52,8 @@ class MapSummary(NamedTuple):
 def map_summary(
     query: Query,
     key: Key,
-    features: Float[Tensor, "*batch keys features"] | None = None,
-    query_weights: Float[Tensor, "*#batch queries"] | None = None,
+    features: Float[Tensor, "*feature_batch keys features"] | None = None,
+    query_weights: Float[Tensor, "*weight_batch queries"] | None = None,
     size: int | None = None,
     with_max_probability: bool = False,
     with_participation_ratio: bool = False,

@@ -40,7 +40,7 @@ class RowSummary(NamedTuple):
 def row_summary(
     query: Query,
     key: Key,
-    features: Float[Tensor, "*batch keys features"] | None = None,
+    features: Float[Tensor, "*feature_batch keys features"] | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -251,7 +251,7 @@ def varentropy(
 def expected_features(
     query: Query,
     key: Key,
-    features: Float[Tensor, "*batch keys features"],
+    features: Float[Tensor, "*feature_batch keys features"],
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -270,7 +270,7 @@ def expected_features(
 def class_mass(
     query: Query,
     key: Key,
-    key_classes: Int[Tensor, "*batch keys"],
+    key_classes: Int[Tensor, "*class_batch keys"],
     num_classes: int | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
