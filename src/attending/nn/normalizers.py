@@ -161,7 +161,8 @@ def sinkhorn(
         check_support(visible)
         scores = scores.masked_fill(~visible, HIDDEN)
         rows, columns = visible.any(-1, keepdim=True), visible.any(-2, keepdim=True)
-        log_column_sum = column_sums(rows[..., 0], columns[..., 0, :]).log()[..., None, None]
+        sums = column_sums(rows[..., 0], columns[..., 0, :])
+        log_column_sum = sums.log().to(scores.dtype)[..., None, None]
     f, g = scores.new_zeros(()), scores.new_zeros(())
     for step in range(iterations):
         keep = torch.is_grad_enabled() and (gradient == "full" or step == iterations - 1)
