@@ -268,6 +268,32 @@ def test_softmax_is_sdpa(build, padded):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["softmax", "nonapprox"])
+def test_inference_mode_and_compilation(name):
+    model, ids = llama(register(name)).eval(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(ids, attention_mask=mask).logits, expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+
+
+def test_a_mask_is_read_again_when_it_was_changed():
+    """The parts of a mask are kept from layer to layer, and only as long as it is the same."""
+    attend, layer = adapter("keys"), nn.Identity()
+    query, key, value = torch.randn(3, 1, 2, 4, 8).unbind(0)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    first, _ = attend(layer, query, key, value, mask, is_causal=False)
+    mask[..., 2] = False
+    second, _ = attend(layer, query, key, value, mask, is_causal=False)
+    expected, _ = adapter("keys")(layer, query, key, value, mask.clone(), is_causal=False)
+    torch.testing.assert_close(second, expected)
+    assert not torch.allclose(first, second)
+
+
 @torch.no_grad()
 def test_softmax_is_sdpa_in_a_sliding_window():
     config = transformers.MistralConfig(
