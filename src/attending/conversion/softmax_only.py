@@ -167,7 +167,7 @@ class TemperedProjection(nn.Module):
         super().__init__()
         self.projection = projection
         self.temperature: QueryTemperature | QueryScale = temperature
-        self.positions: int | Int[Tensor, "batch queries"] = 0
+        self.positions: int | Int[Tensor, "#batch queries"] = 0
 
     def forward(
         self, hidden: Float[Tensor, "batch tokens dim"]

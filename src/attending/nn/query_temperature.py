@@ -34,7 +34,7 @@ class QueryScale(nn.Module):
     def forward(
         self,
         query: Float[Tensor, "batch heads queries dim"],
-        positions: int | Int[Tensor, "batch queries"] = 0,
+        positions: int | Int[Tensor, "#batch queries"] = 0,
     ) -> Float[Tensor, "batch heads queries dim"]:
         """See `QueryTemperature.forward`."""
         return _scale_query(query, self.scale, positions)
@@ -84,7 +84,7 @@ class QueryTemperature(nn.Module):
     def forward(
         self,
         query: Float[Tensor, "batch heads queries dim"],
-        positions: int | Int[Tensor, "batch queries"] = 0,
+        positions: int | Int[Tensor, "#batch queries"] = 0,
     ) -> Float[Tensor, "batch heads queries dim"]:
         """Divide each query by its temperature.
 
