@@ -16,6 +16,7 @@ from torch import Tensor
 from attending.core.bias import HIDDEN, add_key_bias, add_low_rank_bias
 from attending.core.check import check_arguments
 from attending.core.kernels import fused_attention
+from attending.core.precision import full_precision
 
 
 class AttentionState(NamedTuple):
@@ -113,6 +114,7 @@ def biased_attention_state(
     return AttentionState(state.output.to(dtype), state.lse)
 
 
+@full_precision
 def attend(
     query: Tensor,
     key: Tensor,

@@ -22,12 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attending.core.kernels import map_rows
+from attending.core.precision import full_precision
 from attending.core.statistics._call import Call, prepare
 from attending.core.statistics.rows import Key, Query, Rows
 
 CHUNK = 128  # keys that a causal row is compared with one by one; those before are summed up
 
 
+@full_precision
 def entropy_lower_bound(
     num_keys: int | Int[Tensor, "*key_rows"] | Float[Tensor, "*key_rows"],
     logit_norm: float | Float[Tensor, "*norm_rows"],
@@ -91,6 +93,7 @@ def entropy_lower_bound(
     return torch.where(several, bound, torch.zeros_like(bound))
 
 
+@full_precision
 def global_logit_norm(
     query_weight: Float[Tensor, "*heads dim hidden"],
     key_weight: Float[Tensor, "*heads dim hidden"],
@@ -148,6 +151,7 @@ def global_logit_norm(
     return of_weights * of_tokens * (dim**-0.5 if scale is None else abs(scale))
 
 
+@full_precision
 def centred_logit_norm(
     query: Query,
     key: Key,

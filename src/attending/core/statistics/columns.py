@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attending.core.precision import full_precision
 from attending.core.statistics._call import Call, check_lse, prepare
 from attending.core.statistics._exchange import (
     bucket_columns,
@@ -41,6 +42,7 @@ class ColumnSummary(NamedTuple):
     pooled: Float[Tensor, "batch heads size size"] | None
 
 
+@full_precision
 def column_mass(
     query: Query,
     key: Key,
@@ -65,6 +67,7 @@ def column_mass(
     return _mass(call, weights, lse)
 
 
+@full_precision
 def column_importance(
     query: Query,
     key: Key,
@@ -85,6 +88,7 @@ def column_importance(
     return torch.where(seen > 0, mass / seen.clamp_min(1.0), torch.zeros_like(mass))
 
 
+@full_precision
 def received_features(
     query: Query,
     key: Key,
@@ -133,6 +137,7 @@ def received_features(
     return torch.cat(parts, -1)
 
 
+@full_precision
 def pooled_map(
     query: Query,
     key: Key,
@@ -166,6 +171,7 @@ def pooled_map(
     return pooled
 
 
+@full_precision
 def column_summary(
     query: Query,
     key: Key,

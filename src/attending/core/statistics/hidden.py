@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attending.core.precision import full_precision
 
+
+@full_precision
 def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
     """`exp(-sum_k q_k log q_k)` with q the singular values over their sum (Roy and Vetterli 2007).
 
@@ -24,6 +27,7 @@ def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor
     return rank.masked_fill(zero.squeeze(-1), 0.0)
 
 
+@full_precision
 def token_similarity(hidden: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch"]:
     """Mean cosine similarity over pairs of different tokens: 1 when all point the same way.
 
@@ -41,6 +45,7 @@ def token_similarity(hidden: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor
     return (together - alone) / max(tokens * (tokens - 1), 1)
 
 
+@full_precision
 def head_similarity(
     outputs: Float[Tensor, "heads samples dim"],
 ) -> Float[Tensor, "heads heads"]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from attending.core.precision import full_precision
 from attending.core.statistics._call import prepare
 from attending.core.statistics._exchange import (
     bucket_columns,
@@ -49,6 +50,7 @@ class MapSummary(NamedTuple):
     pooled: Float[Tensor, "batch heads size size"] | None
 
 
+@full_precision
 def map_summary(
     query: Query,
     key: Key,

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attending.core.kernels import dense_rows, map_rows
+from attending.core.precision import full_precision
 from attending.core.state import attend
 from attending.core.statistics._call import Call, check_lse, prepare
 from attending.core.statistics._sweep import can_sweep, sweep
@@ -37,6 +38,7 @@ class RowSummary(NamedTuple):
     features: Float[Tensor, "batch heads queries features"] | None
 
 
+@full_precision
 def row_summary(
     query: Query,
     key: Key,
@@ -92,6 +94,7 @@ def row_summary(
     return RowSummary(lse, row_entropy, features)
 
 
+@full_precision
 def entropy(
     query: Query,
     key: Key,
@@ -108,6 +111,7 @@ def entropy(
     return row_summary(query, key, None, attn_mask, is_causal, scale, enable_gqa).entropy
 
 
+@full_precision
 def normalized_entropy(
     query: Query,
     key: Key,
@@ -134,6 +138,7 @@ def normalized_entropy(
     return torch.where(count > 1, rows / count.clamp_min(2.0).log(), torch.zeros_like(rows))
 
 
+@full_precision
 def renyi_entropy(
     query: Query,
     key: Key,
@@ -179,6 +184,7 @@ def renyi_entropy(
     return ((sharpened - order * lse) / (1 - order)).clamp_min(0.0)
 
 
+@full_precision
 def second_moment(
     query: Query,
     key: Key,
@@ -192,6 +198,7 @@ def second_moment(
     return torch.where(ratio > 0, 1 / ratio.clamp_min(1.0), torch.zeros_like(ratio))
 
 
+@full_precision
 def participation_ratio(
     query: Query,
     key: Key,
@@ -213,6 +220,7 @@ def participation_ratio(
     return rows.masked_fill(call.visible_keys() == 0, 0.0)
 
 
+@full_precision
 def max_probability(
     query: Query,
     key: Key,
@@ -234,6 +242,7 @@ def max_probability(
     return torch.cat([rows for (rows,) in blocks], 2)
 
 
+@full_precision
 def varentropy(
     query: Query,
     key: Key,
@@ -248,6 +257,7 @@ def varentropy(
     return torch.cat([rows for (rows,) in blocks], 2)
 
 
+@full_precision
 def expected_features(
     query: Query,
     key: Key,
@@ -267,6 +277,7 @@ def expected_features(
     return call.attend(key_features(features, call)).output
 
 
+@full_precision
 def class_mass(
     query: Query,
     key: Key,
@@ -294,6 +305,7 @@ def class_mass(
     return expected_features(query, key, features, attn_mask, is_causal, scale, enable_gqa)
 
 
+@full_precision
 def key_set_mass(
     query: Query,
     key: Key,
@@ -337,6 +349,7 @@ def key_set_mass(
     return (part - whole).masked_fill(empty, -math.inf).exp()
 
 
+@full_precision
 def mean_distance(
     query: Query,
     key: Key,
