@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "sigmoid": {"key_length": LENGTH},
     "combiner": {"plan": FixedPlan(4)},
     "hierarchical": {"tree": (3,)},
+    "doubly-stochastic": {"normalizer": "birkhoff"},
 }
 NAMES = sorted(OPERATORS)
 CAUSAL = [name for name in NAMES if OPERATORS[name].causal]

@@ -51,6 +51,15 @@ OPERATORS: Mapping[str, Operator] = {
         required={"tree": "such as (4, 4), windows of 4 tokens and of 4 such windows"},
     ),
     "nonapprox": Operator("attending.nn.nonapprox_attention:nonapprox_attention", masks="keys"),
+    "sinkhorn": Operator("attending.nn.sinkhorn_attention:sinkhorn_attention", causal=False),
+    "doubly-stochastic": Operator(
+        "attending.nn.doubly_stochastic:doubly_stochastic_attention",
+        causal=False,
+        required={"normalizer": 'such as "orthostochastic" or CircuitMap(num_tokens=8)'},
+    ),
+    "norm-softmax": Operator(
+        "attending.nn.doubly_stochastic:norm_softmax_attention", decodes=True, cross=True
+    ),
 }
 
 
