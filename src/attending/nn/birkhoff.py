@@ -39,8 +39,9 @@ def orthostochastic(
         noise: the standard deviation. The paper says "N(0, 1e-7)" without saying whether that is
             the variance, as is assumed here. 0 adds none: then the map of a matrix of lower rank
             depends on rounding, and its gradient is not finite.
-        generator: where the noise comes from. By default from a seed of its own that is the same
-            in every call, so that equal scores have equal maps and torch's generator is left alone.
+        generator: where the noise comes from, one matrix for the whole batch. By default from a
+            seed of its own that is the same in every call, so that equal matrices have equal maps,
+            whatever else is in the batch, and torch's generator is left alone.
 
     Raises:
         ValueError: for scores that are not square, a mask that is more than padding, or noise
@@ -73,7 +74,7 @@ def _noise_where_rank_lacks(
         threshold = size * torch.finfo(scores.dtype).eps * torch.linalg.matrix_norm(scores)
         lacks = diagonal.amin(-1) <= threshold
         random = torch.randn(
-            scores.shape, dtype=scores.dtype, device=generator.device, generator=generator
+            size, size, dtype=scores.dtype, device=generator.device, generator=generator
         ).to(scores.device)
         added: Tensor = noise * random * lacks[..., None, None]
         return added
