@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attending.core.check import check_arguments
-from attending.core.kernels import map_rows, weigh
 from attending.core.masks import hiding_bias
 from attending.nn._causal_sum import full_precision
+from attending.nn._polynomial_sum import Polynomial, polynomial_sum
 
 
 def taylor_attention(
@@ -44,9 +44,9 @@ def taylor_attention(
     conditioned**: its first order divides by `query[i] . sum_j key[j]`, which crosses zero, so that
     outputs reach tens on normal inputs; its rows sum to 3. It wants positive queries and keys.
 
-    Computed in blocks of rows, in bounded memory and quadratic time, which is the faster way up to
-    about `dim^2` tokens. Beyond, and for decoding with a state of constant size, the same function
-    is a linear attention over features:
+    Computed in blocks of rows, without the whole map, in time that is quadratic in the tokens.
+    Beyond about `dim^2` of them, and for decoding with a state of constant size, the same function
+    takes less work as a linear attention over features:
 
         q, k = taylor_features(query, scale), taylor_features(key, scale)
         output, state = causal_linear_attention(q, k, value)       # attending.nn.linear_attention
@@ -69,19 +69,20 @@ def taylor_attention(
     if key.shape[2] == 0 or query.numel() == 0 or value.shape[-1] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     dtype = torch.promote_types(query.dtype, torch.float32)
-
-    def mean(query: Tensor, key: Tensor, weights: "_Weights") -> Tensor:
-        def rows(scores: Tensor, value: Tensor) -> tuple[Tensor]:
-            return (_mean(scores, value, weights),)
-
-        blocks = map_rows(rows, query, key, bias, is_causal, arguments.scale, value=value)
-        return torch.cat([output for (output,) in blocks], 2)
-
+    q, k = query.to(dtype), key.to(dtype)
+    # One more column of ones, for the sum of the weights.
+    ones = torch.nn.functional.pad(value.to(dtype), (0, 1), value=1.0)
     with full_precision(query):
+
+        def means(query: Tensor, key: Tensor, weight: Polynomial) -> Tensor:
+            sums = polynomial_sum(query, key, ones, bias, is_causal, arguments.scale, weight)
+            total = sums[..., -1:]
+            return sums[..., :-1] / total.masked_fill(total == 0, 1.0)
+
         if normalization == "joint":
-            return mean(query, key, "polynomial").to(query.dtype)
-        squares = mean(query.to(dtype).square(), key.to(dtype).square(), "scores")
-        orders = mean(query, key, "ones") + mean(query, key, "scores") + squares
+            return means(q, k, Polynomial(1.0, 1.0, 0.5)).to(query.dtype)
+        first, second = Polynomial(1.0, 0.0, 0.0), Polynomial(0.0, 1.0, 0.0)
+        orders = means(q, k, first) + means(q, k, second) + means(q.square(), k.square(), second)
         return orders.to(query.dtype)
 
 
@@ -119,19 +120,3 @@ def taylor_features(
         ],
         -1,
     )
-
-
-_Weights = Literal["polynomial", "ones", "scores"]
-
-
-def _mean(scores: Tensor, value: Tensor, weights: _Weights) -> Tensor:
-    hidden = scores == -torch.inf
-    scores = scores.masked_fill(hidden, 0.0)
-    if weights == "polynomial":
-        scores = 1.0 + scores + 0.5 * scores.square()
-    elif weights == "ones":
-        scores = torch.ones_like(scores)
-    scores = scores.masked_fill(hidden, 0.0)
-    total = scores.sum(-1, keepdim=True)
-    total = total.masked_fill(hidden.all(-1, keepdim=True), 1.0)
-    return weigh(scores / total, value)
