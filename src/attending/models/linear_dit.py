@@ -89,6 +89,9 @@ class LinearDiT(nn.Module):
         attention: "softmax" (DiT); "relu" and "focused" (plain linear attention with a kernel of
             power 1 and 3); "dydila"; "dydila_undifferenced", which is DyDiLA with the lambdas kept
             at 0.
+        mlp_ratio: width of the feed-forward layers over `embed_dim`. DyDiLA has 6 `embed_dim^2`
+            parameters per block more than the others (and its routers); 7 for those against 4 for
+            it makes them even.
 
     Raises:
         ValueError: for sizes that do not fit or an unknown `attention`.
@@ -104,6 +107,7 @@ class LinearDiT(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         attention: Attention = "dydila",
+        mlp_ratio: int = 4,
     ) -> None:
         super().__init__()
         if image_size < 1 or patch_size < 1 or image_size % patch_size:
@@ -127,7 +131,8 @@ class LinearDiT(nn.Module):
             nn.Linear(embed_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
         )
         self.blocks = nn.ModuleList(
-            _Block(embed_dim, _attention(attention, embed_dim, num_heads)) for _ in range(depth)
+            _Block(embed_dim, _attention(attention, embed_dim, num_heads), mlp_ratio)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False)
         self.modulation = _zero(nn.Linear(embed_dim, 2 * embed_dim))
@@ -166,12 +171,14 @@ class LinearDiT(nn.Module):
 class _Block(nn.Module):
     """Attention and feed-forward, each shifted, scaled and gated by the condition."""
 
-    def __init__(self, dim: int, attention: nn.Module) -> None:
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.attention = attention
         self.mlp_norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
+        )
         self.modulation = _zero(nn.Linear(dim, 6 * dim))
 
     def forward(self, hidden: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -15,6 +15,8 @@ def hard_choice(logits: Float[Tensor, "*batch choices"]) -> Float[Tensor, "*batc
     The values are exactly 0 and 1; the first of equal logits wins.
     """
     chosen = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return chosen
     soft = logits.softmax(-1)
     return chosen + (soft - soft.detach())
 
