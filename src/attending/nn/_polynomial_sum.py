@@ -44,7 +44,9 @@ def polynomial_sum(
     grouped = query.unflatten(1, (key.shape[1], -1))
     if bias is not None:
         bias = bias.unflatten(1, (key.shape[1], -1) if bias.shape[1] > 1 else (1, 1))
-    output: Tensor = _PolynomialSum.apply(grouped, key, value, bias, is_causal, scale, polynomial)
+    output: Tensor = _PolynomialSum.apply(  # type: ignore[no-untyped-call]
+        grouped, key, value, bias, is_causal, scale, polynomial
+    )
     return output.flatten(1, 2)
 
 
@@ -107,7 +109,8 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[slice
 def _scores(query: Tensor, key: Tensor, rows: slice, columns: slice, scale: float) -> Tensor:
     part = query[:, :, :, rows]
     scores = part.flatten(2, 3) @ key[:, :, columns].transpose(-1, -2)
-    return scores.mul_(scale).unflatten(2, part.shape[2:4])
+    scaled: Tensor = scores.mul_(scale).unflatten(2, part.shape[2:4])
+    return scaled
 
 
 def _weights(scores: Tensor, polynomial: Polynomial) -> Tensor:
