@@ -19,16 +19,12 @@ from attending.core.kernels import map_rows, weigh
 from attending.core.masks import hiding_bias
 from attending.core.state import attend
 from attending.nn.birkhoff import birkhoff_projection, orthostochastic
-from attending.nn.normalizers import (
-    Normalizer,
-    Statistic,
-    check_norm_softmax,
-    norm_softmax,
-    spread_divisor,
-)
+from attending.nn.normalizers import Normalizer, Statistic, check_norm_softmax, spread_divisor
 from attending.nn.sinkhorn_attention import paired_mask, refuse_causal, sinkhorn_attention
 
 NormalizerName = Literal["sinkhorn", "orthostochastic", "birkhoff"]
+
+_ROUNDING = 8.0  # in units of the last place of the largest score
 
 
 def doubly_stochastic_attention(
@@ -118,10 +114,9 @@ def norm_softmax_attention(
         output[i] = softmax_j(query[i] . key[j] / min(1 / scale, spread_j(query[i] . key[j]))) value
 
     See `attending.nn.normalizers.norm_softmax`. Rows sum to one, columns do not, so it may be
-    causal. Without a mask, or with one of keys, it is fused: the variance of the scores of a query
-    is `query^T C query` with the covariance C of the keys, and the temperature goes to the query.
-    With other masks each query has its own keys to take the spread of; then the map is built, in
-    blocks of rows.
+    causal. The temperature goes to the query, before a fused kernel. The variance of the scores of
+    a query is `query^T C query` with the covariance C of the keys; where a mask gives each query
+    its own keys, and under `is_causal`, the scores are computed for it, in blocks of rows.
 
     Args:
         query, key, value, is_causal, enable_gqa: as in `scaled_dot_product_attention`.
@@ -143,39 +138,60 @@ def norm_softmax_attention(
     bias = hiding_bias(arguments.bias)
     if key.shape[2] == 0 or query.numel() == 0 or value.shape[-1] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    wide = [tensor.to(dtype) for tensor in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
         if not is_causal and (bias is None or bias.shape[1:3] == (1, 1)):
-            return _fused_norm_softmax(query, key, value, bias, cap, statistic)
+            squares, count, rounding = _spread_over_keys(wide[0], wide[1], bias)
+        else:
+            squares, count, rounding = (
+                torch.cat(parts, 2)
+                for parts in zip(
+                    *map_rows(_spread_of_rows, wide[0], wide[1], bias, is_causal, 1.0), strict=True
+                )
+            )
+        divisor = spread_divisor(squares, count, cap, statistic)
+        # Of a row that is constant but for rounding the map is even: its query becomes 0.
+        cooled = wide[0] / divisor.masked_fill(squares <= count * rounding.square(), torch.inf)
+        state = attend(cooled, wide[1], wide[2], bias=bias, is_causal=is_causal, scale=1.0)
+        return state.output.to(query.dtype)
 
-        def rows(scores: Tensor, value: Tensor) -> tuple[Tensor]:
-            hidden = scores == -torch.inf
-            scores = scores.masked_fill(hidden, 0.0)
-            return (weigh(norm_softmax(scores, ~hidden, cap=cap, statistic=statistic), value),)
 
-        blocks = map_rows(rows, query, key, bias, is_causal, 1.0, value=value)
-        return torch.cat([output for (output,) in blocks], 2).to(query.dtype)
+def _spread_over_keys(
+    query: Tensor, key: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared deviations of the scores of each query, summed, by way of the keys' covariance.
 
-
-def _fused_norm_softmax(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, cap: float, statistic: Statistic
-) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    wide_query, wide_key = query.to(dtype), key.to(dtype)
-    visible = None if bias is None else (bias == 0).transpose(-1, -2)  # [batch, 1, keys, 1]
-    if visible is None:
-        count = torch.tensor(float(key.shape[2]), dtype=dtype, device=key.device)
-        centred = wide_key - wide_key.mean(2, keepdim=True)
+    Returns:
+        The sums `[batch, heads, queries, 1]`, over how many keys, and how exact a score is.
+    """
+    if bias is None:
+        count = torch.tensor(float(key.shape[2]), dtype=key.dtype, device=key.device)
+        centred = key - key.mean(2, keepdim=True)
     else:
-        count = visible.sum(2, keepdim=True).to(dtype)
-        sums = wide_key.masked_fill(~visible, 0.0).sum(2, keepdim=True)
-        centred = (wide_key - sums / count.clamp_min(1.0)).masked_fill(~visible, 0.0)
+        visible = (bias == 0).transpose(-1, -2)  # [batch, 1, keys, 1]
+        count = visible.sum(2, keepdim=True).to(key.dtype)
+        sums = key.masked_fill(~visible, 0.0).sum(2, keepdim=True)
+        centred = (key - sums / count.clamp_min(1.0)).masked_fill(~visible, 0.0)
     groups = query.shape[1] // key.shape[1]
     covariance = (centred.mT @ centred).repeat_interleave(groups, 1)
-    squares = ((wide_query @ covariance) * wide_query).sum(-1, keepdim=True).clamp_min(0.0)
-    cooled = wide_query / spread_divisor(squares, count, cap, statistic)
-    # A shift of all keys by one vector is one number per row, which softmax does not see.
-    state = attend(cooled, centred, value.to(dtype), bias=bias, scale=1.0)
-    return state.output.to(query.dtype)
+    squares = ((query @ covariance) * query).sum(-1, keepdim=True).clamp_min(0.0)
+    with torch.no_grad():
+        longest = key.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
+        rounding = _ROUNDING * torch.finfo(key.dtype).eps * query.norm(dim=-1, keepdim=True)
+        rounding = rounding * longest.repeat_interleave(groups, 1)
+    return squares, count, rounding
+
+
+def _spread_of_rows(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from a block of rows of the scores."""
+    hidden = scores == -torch.inf
+    scores = scores.masked_fill(hidden, 0.0)
+    count = (~hidden).sum(-1, keepdim=True).to(scores.dtype)
+    mean = scores.sum(-1, keepdim=True) / count.clamp_min(1.0)
+    squares = (scores - mean).masked_fill(hidden, 0.0).square().sum(-1, keepdim=True)
+    largest = scores.detach().abs().amax(-1, keepdim=True)
+    return squares, count, _ROUNDING * torch.finfo(scores.dtype).eps * largest
 
 
 class DoublyStochasticAttention(nn.Module):
