@@ -45,6 +45,8 @@ class Row:
         peers: by name.
         longest: more tokens than this are not asked of the straightforward formulation in its
             causal form, for its memory.
+        most: more tokens than this are not measured at all, for the time of a quadratic operator
+            or the memory of its straightforward formulation.
         goals: bounds on figures of this row.
     """
 
@@ -54,6 +56,7 @@ class Row:
     same: bool = True
     peers: Mapping[str, str] = field(default_factory=dict)
     longest: int = 16384
+    most: int = 65536
     goals: tuple[Goal, ...] = ()
 
 
@@ -109,6 +112,19 @@ ROWS: Mapping[str, Row] = {
             *small_memory(0.1),
             *linear_growth("bidirectional", "causal"),
         ),
+    ),
+    "sinkhorn": Row(
+        ours="_operators.doubly_stochastic:sinkhorn",
+        straightforward="_operators.doubly_stochastic:straightforward_sinkhorn",
+        causal=(False,),
+        most=4096,
+        goals=(*never_slower((False,)), *small_memory(0.1, "bidirectional")),
+    ),
+    "norm-softmax": Row(
+        ours="_operators.doubly_stochastic:norm_softmax",
+        straightforward="_operators.doubly_stochastic:straightforward_norm_softmax",
+        most=4096,
+        goals=(*never_slower(), *small_memory(0.1, "bidirectional")),
     ),
 }
 

@@ -211,12 +211,12 @@ def main() -> None:
             if row.same:
                 figures[form]["largest difference"] = largest_difference(row, is_causal)
             for work in (FORWARD, BOTH):
-                for length in lengths:
+                for length in (one for one in lengths if one <= row.most):
                     rounds = 2 if arguments.quick else ROUNDS.get(length, 3)
                     found = measure(row, is_causal, length, work, rounds)
                     figures[form][work][str(length)] = found
                 console.print(table(name, form, work, figures[form][work]))
-            growing = [64, 128, 256] if arguments.quick else GROWTH
+            growing = [64, 128, 256] if arguments.quick else [n for n in GROWTH if n <= row.most]
             figures[form] |= growth(row, is_causal, growing, 2 if arguments.quick else 5)
             console.print(f"growth exponent: {figures[form]['growth exponent']:.3f}")
         results = {goal.words: said(goal, figures) for goal in row.goals}
