@@ -37,13 +37,13 @@ def _judge(ours: Mapping[str, Sequence[float]]) -> Verdict:
 RULE = Rule(
     words=(
         "From scratch, on documents whose sentences bind two words: in every seed the accuracy "
-        "with the tree of sentences, after the larger number of training documents, is above that "
-        "of softmax attention and of a tree of shuffled groups. Without training, in MiniLM: in "
-        "every seed two late, alternating layers tied along sentences lower the accuracy of naming a "
-        "docstring's package by at most 0.05, with at most half of the dot products in these "
-        "layers. Held if both are so; held in direction if both are so of the means over the "
-        "seeds; did not hold otherwise. The collapse of a model all of whose layers are tied is "
-        "measured beside it and is not part of the rule."
+        "with the tree of sentences, after the larger number of training documents, is above "
+        "that of softmax attention and of a tree of shuffled groups. Without training, in "
+        "MiniLM: in every seed two late, alternating layers tied along sentences lower the "
+        "accuracy of naming a docstring's package by at most 0.05, with at most half of the dot "
+        "products in these layers. Held if both are so; held in direction if both are so of the "
+        "means over the seeds; did not hold otherwise. The collapse of a model all of whose "
+        "layers are tied is measured beside it and is not part of the rule."
     ),
     judge=_judge,
 )
