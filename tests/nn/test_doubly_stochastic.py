@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attending.nn import sinkhorn_attention as module
 from attending.nn.birkhoff import birkhoff_projection, orthostochastic
@@ -181,6 +182,34 @@ def test_precision(way, dtype):
         assert torch.equal(sinkhorn_attention(query, key, value), ours)
     ours.float().sum().backward()
     assert query.grad.dtype == dtype
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, torch.Tensor):
+                self.numel = max(self.numel, one.numel())
+        return result
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("gradient", ["full", "truncated"])
+def test_nothing_is_as_large_as_a_map(monkeypatch, gradient, padded):
+    set_way(monkeypatch, "fused")
+    query, key, value = inputs(13, 300, 300, heads=1, kv_heads=1, dtype=torch.float32)
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    mask[1, ..., 200:] = False
+    with LargestTensor() as largest:
+        ours = sinkhorn_attention(
+            query, key, value, iterations=4, gradient=gradient, attn_mask=mask if padded else None
+        )
+        ours.square().sum().backward()
+    assert largest.numel <= 2 * 300 * 16  # query and key with their bias, padded to a multiple of 8
 
 
 NORMALIZERS = {

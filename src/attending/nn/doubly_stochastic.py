@@ -90,11 +90,13 @@ def doubly_stochastic_attention(
     if key.shape[2] == 0 or query.numel() == 0 or value.shape[-1] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     dtype = torch.promote_types(query.dtype, torch.float32)
-    bias, visible = paired_mask(arguments.bias, query_mask, query, key.shape[2])
+    pairs = paired_mask(arguments.bias, query_mask, query, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1).to(dtype)
         scores = query.to(dtype) @ keys.mT * arguments.scale
-        attention_map = function(scores if bias is None else scores + bias, visible)
+        attention_map = function(
+            scores if pairs.bias is None else scores + pairs.bias, pairs.visible
+        )
         return weigh(attention_map, value).to(query.dtype)
 
 

@@ -15,6 +15,8 @@ attention with the bias g. K half-steps cost K passes of such a kernel, forward 
 Small maps are faster to build than to avoid: up to `DENSE_BYTES` in all they are built.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -84,20 +86,20 @@ def sinkhorn_attention(
     if dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias, visible = paired_mask(arguments.bias, query_mask, query, key.shape[2])
+    pairs = paired_mask(arguments.bias, query_mask, query, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         size = query.shape[:3].numel() * key.shape[2] * query.element_size()
         if size <= DENSE_BYTES:
             scores = query @ key.mT * arguments.scale
             attention_map = sinkhorn(
-                scores if bias is None else scores + bias,
-                visible,
+                scores if pairs.bias is None else scores + pairs.bias,
+                pairs.visible,
                 iterations=iterations,
                 temperature=temperature,
                 gradient=gradient,
             )
             return (attention_map @ value).to(dtype)
-        problem = _Problem(query, key, value, bias, visible, arguments.scale, temperature)
+        problem = _Problem(query, key, value, pairs, arguments.scale, temperature)
         return problem.solve(iterations, gradient == "full").to(dtype)
 
 
@@ -107,10 +109,33 @@ def refuse_causal(is_causal: bool) -> None:
         raise ValueError(f"is_causal: expected False: {CAUSAL_REASON}.")
 
 
-def paired_mask(
-    bias: Tensor | None, query_mask: Tensor | None, query: Tensor, keys: int
-) -> tuple[Tensor | None, Bool[Tensor, "batch heads queries keys"] | None]:
-    """What is added to the scores, and which pairs take part.
+class Pairs(NamedTuple):
+    """Which queries and keys take part in a map, and what is added to their scores.
+
+    Attributes:
+        bias: broadcasts to `[batch, heads, queries, keys]`; finite. None where nothing is added.
+        rows: which queries take part, `[#batch, #heads, queries]`. None where all do.
+        columns: which keys take part, likewise.
+        pattern: which pairs do, where that is not all of those queries with all of those keys.
+    """
+
+    bias: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    pattern: Tensor | None = None
+
+    @property
+    def visible(self) -> Bool[Tensor, "#batch #heads queries keys"] | None:
+        """All of it as one mask, as large as the map; None where all pairs take part."""
+        if self.pattern is not None:
+            return self.pattern
+        if self.rows is None or self.columns is None:
+            return None
+        return self.rows[..., :, None] & self.columns[..., None, :]
+
+
+def paired_mask(bias: Tensor | None, query_mask: Tensor | None, query: Tensor, keys: int) -> Pairs:
+    """Which pairs take part, from a mask; without anything as large as a map if it hides keys only.
 
     Where there are as many keys as queries, they are taken to be the same tokens: one whose key is
     hidden from all queries is padding, and as a query it takes no part either (its output is 0).
@@ -123,36 +148,51 @@ def paired_mask(
         query: `[batch, heads, queries, dim]`.
         keys: how many there are.
 
-    Returns:
-        The bias with 0 in place of -inf, None where nothing is added; and the visible pairs, with
-        1 in place of batch or heads where all are alike, None where all pairs are visible.
+    Raises:
+        ValueError: for another `query_mask`.
     """
     batch, _, queries, _ = query.shape
+    _check_query_mask(query_mask, batch, queries)
+    if bias is None and query_mask is None:
+        return Pairs()
+    same = query_mask is None and queries == keys
+    asked = query.new_ones(1, 1, queries, dtype=torch.bool)
     if query_mask is not None:
-        fits = isinstance(query_mask, Tensor) and query_mask.dtype == torch.bool
-        fits = fits and tuple(query_mask.shape) in ((batch, queries), (1, queries))
-        if not fits:
-            got = (
-                f"{list(query_mask.shape)} of {query_mask.dtype}"
-                if isinstance(query_mask, Tensor)
-                else type(query_mask).__name__
-            )
-            raise ValueError(
-                "query_mask: expected booleans [batch, queries] = "
-                f"{[batch, queries]}, True where a query takes part, got {got}."
-            )
-    visible = None
-    if bias is not None:
+        asked = query_mask[:, None, :]
+    if bias is None:
+        columns, pattern = asked.new_ones(1, 1, keys), None
+    else:
         visible = visible_entries(bias)
         added = bias.masked_fill(~visible, 0.0)
         bias = added if added.requires_grad or bool((added != 0).any()) else None
-        visible = visible.expand(*visible.shape[:2], queries, keys)
-        if query_mask is None and queries == keys:
-            visible = visible & visible.any(-2)[..., :, None]
-    if query_mask is not None:
-        asked = query_mask[:, None, :, None]
-        visible = asked.expand(-1, 1, queries, keys) if visible is None else visible & asked
-    return bias, None if visible is None or bool(visible.all()) else visible
+        visible = visible.expand(*visible.shape[:3], keys)
+        columns = visible.any(-2)
+        pattern = None if visible.shape[2] == 1 else visible
+    rows = columns & asked if same else columns.any(-1, keepdim=True) & asked
+    if pattern is not None:
+        pattern = pattern & rows[..., :, None]
+        rows, columns = pattern.any(-1), pattern.any(-2)
+        if bool((pattern == (rows[..., :, None] & columns[..., None, :])).all()):
+            pattern = None
+    columns = columns & rows.any(-1, keepdim=True)
+    if bool(rows.all()) and bool(columns.all()) and pattern is None:
+        return Pairs(bias)
+    return Pairs(bias, rows, columns, pattern)
+
+
+def _check_query_mask(query_mask: object, batch: int, queries: int) -> None:
+    if query_mask is None:
+        return
+    got = type(query_mask).__name__
+    if isinstance(query_mask, Tensor):
+        fits = tuple(query_mask.shape) in ((batch, queries), (1, queries))
+        if fits and query_mask.dtype == torch.bool:
+            return
+        got = f"{list(query_mask.shape)} of {query_mask.dtype}"
+    raise ValueError(
+        f"query_mask: expected booleans [batch, queries] = {[batch, queries]}, True where a query "
+        f"takes part, got {got}."
+    )
 
 
 class _Problem:
@@ -163,30 +203,30 @@ class _Problem:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Tensor | None,
-        visible: Tensor | None,
+        pairs: Pairs,
         scale: float,
         temperature: float,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.scale = scale / temperature
-        self.bias = None if bias is None else bias / temperature
-        shape = query.shape[:3]
-        keys = key.shape[2]
+        shape, keys = query.shape[:3], key.shape[2]
+        bias = None if pairs.bias is None else pairs.bias / temperature
         self.rows: Tensor | None = None
         self.columns: Tensor | None = None
         log_sum = torch.tensor(shape[2] / keys, dtype=torch.float64).log()
-        if visible is not None:
-            check_support(visible)
-            rows, columns = visible.any(-1), visible.any(-2)
-            log_sum = column_sums(rows, columns).log()[..., None]
-            self.rows, self.columns = rows.expand(shape), columns.expand(*shape[:2], keys)
-            if not bool((visible == (rows[..., :, None] & columns[..., None, :])).all()):
-                # More than padding: the pattern stays a bias, which the kernels take by blocks.
-                hidden = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-                hidden = hidden.masked_fill(~visible, -torch.inf)
-                self.bias = hidden if self.bias is None else self.bias + hidden
+        if pairs.rows is not None and pairs.columns is not None:
+            log_sum = column_sums(pairs.rows, pairs.columns).log()[..., None]
+            self.rows = pairs.rows.expand(shape)
+            self.columns = pairs.columns.expand(*shape[:2], keys)
+        if pairs.pattern is not None:
+            check_support(pairs.pattern)
+            hidden = query.new_zeros(pairs.pattern.shape).masked_fill(~pairs.pattern, -torch.inf)
+            bias = hidden if bias is None else bias + hidden
         self.log_column_sum = log_sum.to(query)
+        self.bias, self.turned = bias, bias
+        if bias is not None and bias.shape[2:] != (1, 1):
+            full = bias.expand(*bias.shape[:2], shape[2], keys)
+            self.turned = full.transpose(-1, -2).contiguous()
 
     def solve(self, iterations: int, full: bool) -> Tensor:
         asked = torch.is_grad_enabled()
@@ -216,11 +256,7 @@ class _Problem:
 
     def _column_lse(self, f: Tensor) -> Tensor:
         query, key = self.query, self.key
-        bias = self.bias
-        if bias is not None:
-            shape = (*bias.shape[:2], query.shape[2], key.shape[2])
-            bias = bias.expand(shape).transpose(-1, -2).contiguous()
-        return attend(key, query, query, bias=bias, key_bias=f, scale=self.scale).lse
+        return attend(key, query, query, bias=self.turned, key_bias=f, scale=self.scale).lse
 
 
 def _hide(potential: Tensor, visible: Tensor | None) -> Tensor:
