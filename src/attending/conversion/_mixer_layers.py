@@ -17,6 +17,7 @@ from attending.nn._attention_adapter import Adapter, Operator
 from attending.nn._causal_sum import full_precision
 from attending.nn.gated_mlp import GatedMLP
 from attending.nn.nonapprox_attention import nonapprox_logit, running_softmax_mean
+from attending.nn.rotary import rotate
 from attending.nn.taylor_attention import taylor_attention
 
 Variant = Literal[
@@ -222,18 +223,3 @@ class MLPMixer(nn.Module):
                 one.update(count, count, self.layer_idx)
                 break
         return self.mlp(hidden_states), None
-
-
-def rotate(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of the first channels, halves against each other.
-
-    Args:
-        tensor: `[batch, heads, tokens, dim]`.
-        cosine, sine: `[batch or 1, tokens, rotated channels]`.
-    """
-    width = cosine.shape[-1]
-    turned = tensor[..., :width]
-    first, second = turned.chunk(2, -1)
-    cosine, sine = cosine[:, None], sine[:, None]
-    rotated = turned * cosine + torch.cat([-second, first], -1) * sine
-    return rotated if width == tensor.shape[-1] else torch.cat([rotated, tensor[..., width:]], -1)

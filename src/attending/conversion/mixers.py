@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from attending.conversion._mixer_layers import FAMILIES, AttentionMixer, MLPMixer, Variant
 from attending.conversion._mixer_source import MixerSource
+from attending.conversion._saved_model import load_weights
 from attending.nn.gated_mlp import GatedMLP, matched_width
 
 Layout = Literal[
@@ -175,7 +176,6 @@ def load_mixers(folder: str | Path, model_class: Any = None) -> Any:
     Raises:
         ValueError: if the folder holds no converted model, or lacks weights.
     """
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -191,17 +191,7 @@ def load_mixers(folder: str | Path, model_class: Any = None) -> Any:
     if options["variant"] != "random_qk":
         options.pop("max_length")
     convert_mixers(model, **options)
-    weights: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        weights |= load_file(file)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if set(missing) - tied or unexpected:
-        raise ValueError(
-            f"folder: expected the weights of this model, but {sorted(set(missing) - tied)} are "
-            f"missing and {unexpected} are too many in {str(folder)!r}."
-        )
-    model.tie_weights()
+    load_weights(model, folder)
     return model.eval()
 
 
