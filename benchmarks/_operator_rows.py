@@ -113,6 +113,39 @@ ROWS: Mapping[str, Row] = {
             *linear_growth("bidirectional", "causal"),
         ),
     ),
+    "combiner, fixed": Row(
+        ours="_operators.combiner:fixed",
+        straightforward="_operators.combiner:straightforward_fixed",
+        most=16384,
+        goals=never_slower(),
+    ),
+    "combiner, logsparse": Row(
+        ours="_operators.combiner:logsparse",
+        straightforward="_operators.combiner:straightforward_logsparse",
+        causal=(True,),
+        most=16384,
+        goals=never_slower((True,)),
+    ),
+    "combiner, rowmajor": Row(
+        ours="_operators.combiner:rowmajor",
+        straightforward="_operators.combiner:straightforward_rowmajor",
+        most=16384,
+        goals=never_slower(),
+    ),
+    "hierarchical": Row(
+        ours="_operators.hierarchical:ours",
+        straightforward="_operators.hierarchical:straightforward",
+        causal=(False,),
+        most=4096,
+        goals=(*never_slower((False,)), *linear_growth("bidirectional")),
+    ),
+    "reversed": Row(
+        ours="_operators.reversed:ours",
+        straightforward="_operators.reversed:straightforward",
+        causal=(False,),
+        most=4096,
+        goals=(*never_slower((False,)), *small_memory(0.1, "bidirectional")),
+    ),
     "sinkhorn": Row(
         ours="_operators.doubly_stochastic:sinkhorn",
         straightforward="_operators.doubly_stochastic:straightforward_sinkhorn",
@@ -125,6 +158,19 @@ ROWS: Mapping[str, Row] = {
         straightforward="_operators.doubly_stochastic:straightforward_norm_softmax",
         most=4096,
         goals=(*never_slower(), *small_memory(0.1, "bidirectional")),
+    ),
+    "differential": Row(
+        ours="_operators.differential:one_to_one",
+        straightforward="_operators.differential:straightforward_one_to_one",
+        peers={"transformers' DiffLlama": "_operators.differential:diffllama"},
+        most=4096,
+        goals=(*never_slower(), *small_memory(0.1), *small_memory(0.1, "bidirectional")),
+    ),
+    "differential-3to1": Row(
+        ours="_operators.differential:three_to_one",
+        straightforward="_operators.differential:straightforward_three_to_one",
+        most=4096,
+        goals=(*never_slower(), *small_memory(0.1), *small_memory(0.1, "bidirectional")),
     ),
 }
 

@@ -46,6 +46,16 @@ class Reversed(torch.autograd.Function):
         return grads[0], grads[1], output.detach().to(sent.dtype), grads[2], None
 
 
+def sender_shares(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The map, made: rows sum to 1, or are 0 where a sender may send to nobody."""
+    scores = query @ key.mT * scale
+    if bias is None:
+        return scores.softmax(-1)
+    scores = scores + bias
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
 def sender_gates(query: Tensor, sender_weights: Tensor | None) -> Tensor | None:
     """The weights as `[batch, heads, queries]`, at least in float32."""
     if sender_weights is None:

@@ -51,6 +51,7 @@ OPERATORS: Mapping[str, Operator] = {
         required={"tree": "such as (4, 4), windows of 4 tokens and of 4 such windows"},
     ),
     "nonapprox": Operator("attending.nn.nonapprox_attention:nonapprox_attention", masks="keys"),
+    "reversed": Operator("attending.nn.reversed_attention:reversed_attention", causal=False),
     "sinkhorn": Operator("attending.nn.sinkhorn_attention:sinkhorn_attention", causal=False),
     "doubly-stochastic": Operator(
         "attending.nn.doubly_stochastic:doubly_stochastic_attention",

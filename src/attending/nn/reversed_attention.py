@@ -19,7 +19,8 @@ the roles exchanged: keys ask, queries answer with the bias -lse, and the output
 `exp(lse')` undoes the second normalisation (`attending.core.statistics.received_features`). The
 backward pass needs no new kernel either: reversed attention is the gradient of ordinary attention
 with respect to its values, so its own gradient with respect to what is sent is *ordinary attention*
-whose values are the incoming gradient, and that to query and key the ordinary backward pass.
+whose values are the incoming gradient, and that to query and key the ordinary backward pass. Maps
+of up to `DENSE_BYTES` in all are made, since that is faster.
 
 Sources: no official code was published. Formulas follow the figure of the paper and a third-party
 port to timm (fffffgggg54/pytorch-image-models, 11e8739), which the golden vectors come from. Where
@@ -33,7 +34,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attending.core.check import check_arguments, check_tensor
-from attending.nn._reversed import Reversed, hidden_senders, sender_gates
+from attending.nn._reversed import Reversed, hidden_senders, sender_gates, sender_shares
+
+DENSE_BYTES = 2**23  # of the map; smaller ones are faster to make than to avoid
 
 CAUSAL_REASON = (
     "reversed attention has no causal form. A token receives from those that attend to it, so "
@@ -100,8 +103,13 @@ def reversed_attention(
         padding = hidden_senders(arguments.bias, query, key)
         if padding is not None:
             sent = sent.masked_fill(padding[..., None], 0.0)
-    received: Tensor = Reversed.apply(query, key, sent, arguments.bias, arguments.scale)  # type: ignore[no-untyped-call]
-    return received.to(query.dtype)
+    bias, dtype = arguments.bias, query.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        if query.shape[:3].numel() * key.shape[2] * sent.element_size() <= DENSE_BYTES:
+            query, key = query.to(sent.dtype), key.to(sent.dtype)
+            return (sender_shares(query, key, bias, arguments.scale).mT @ sent).to(dtype)
+        received: Tensor = Reversed.apply(query, key, sent, bias, arguments.scale)  # type: ignore[no-untyped-call]
+    return received.to(dtype)
 
 
 def dependency_mask(
@@ -137,12 +145,8 @@ def dependency_mask(
     with torch.autocast(query.device.type, enabled=False):
         for head in range(heads):
             of_group = key[:, head * key.shape[1] // heads].to(dtype)
-            scores = query[:, head].to(dtype) @ of_group.mT * arguments.scale
-            if bias is not None:
-                scores = scores + bias[:, head if bias.shape[1] > 1 else 0]
-            # A row in which all is hidden is NaN: such a sender sends nothing.
-            empty = (scores == -torch.inf).all(-1, keepdim=True)
-            sent = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+            of_head = None if bias is None else bias[:, head if bias.shape[1] > 1 else 0]
+            sent = sender_shares(query[:, head].to(dtype), of_group, of_head, arguments.scale)
             if padding is not None:
                 silent = padding[:, head if padding.shape[1] > 1 else 0]
                 sent = sent.masked_fill(silent[..., None], 0.0)
