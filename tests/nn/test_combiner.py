@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attending.nn import _combiner_axial, _combiner_sequence
 from attending.nn.combiner import CombinerAttention, combiner_attention, combiner_map
 from attending.nn.combiner_plans import AxialPlan, FixedPlan, LogsparsePlan, Plan, RoutingPlan
 from tests.nn import reference_combiner
@@ -208,6 +209,24 @@ def test_grouped_heads_scale_and_half_precision(name: str) -> None:
     exact = combiner_attention(*(tensor.double() for tensor in half), enable_gqa=True, **call)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), exact, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", ["fixed", "rowmajor", "wsum"])
+def test_large_blocks_take_the_fused_kernel_to_the_same_end(
+    name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = every_plan(14)[name]
+    query, key, value = inputs(2, 2, 14, 4)
+    mask = torch.rand(2, 1, 1, 14) < 0.7
+    for hidden in (None, mask):
+        call = {"attn_mask": hidden, "is_causal": is_causal, "plan": plan}
+        small = combiner_attention(query, key, value, **call)
+        for module in (_combiner_axial, _combiner_sequence):
+            monkeypatch.setattr(module, "SMALL", 0)
+        large = combiner_attention(query, key, value, **call)
+        monkeypatch.undo()
+        torch.testing.assert_close(small, large)
 
 
 def test_clusters_of_each_head_and_sequence() -> None:

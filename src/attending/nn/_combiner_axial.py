@@ -13,10 +13,14 @@ from torch.nn.functional import pad
 
 from attending.core.state import AttentionState, attention_state, merge
 from attending.nn._combiner_regions import (
+    SMALL,
     Call,
     Summaries,
     before,
+    hide,
+    joint_softmax,
     running_summaries,
+    scaled,
 )
 from attending.nn.combiner_plans import AxialPlan
 from attending.nn.partition_tree import Pooling
@@ -71,7 +75,8 @@ def axial_output(call: Call, plan: AxialPlan, project: Project | None = None) ->
     rest = rows * columns - tokens
 
     def fold(tensor: Tensor) -> Tensor:
-        return pad(tensor, (0, 0, 0, rest)).reshape(batch * heads, rows, columns, -1)
+        padded = pad(tensor, (0, 0, 0, rest)) if rest else tensor
+        return padded.reshape(batch * heads, rows, columns, -1)
 
     visible = call.visible
     if visible is None:
@@ -89,7 +94,7 @@ def axial_output(call: Call, plan: AxialPlan, project: Project | None = None) ->
             assert project is not None  # combiner_attention has refused it
             return project(flat(means)).reshape(batch * heads, rows, columns, -1)
 
-        return flat(_rowmajor(grid, plan, call.is_causal, keys).output)[:, :, :tokens]
+        return flat(_rowmajor(grid, plan, call.is_causal, keys))[:, :, :tokens]
     direct = _row_and_column(grid, call.is_causal)
     parts: list[AttentionState] = []
     if plan.kind in ("vertical", "mixture"):
@@ -186,19 +191,36 @@ def _all_but_one(grid: _Grid) -> Summaries:
     return Summaries(pooled(grid.key), inside.output, filled)
 
 
-def _rowmajor(grid: _Grid, plan: AxialPlan, is_causal: bool, project: Project) -> AttentionState:
+def _rowmajor(grid: _Grid, plan: AxialPlan, is_causal: bool, project: Project) -> Tensor:
     """Own row, and of each other row its attention as seen from the own column."""
     rows, columns = grid.visible.shape[1:]
-    whole = grid.attend(None)
+    small = rows + columns <= SMALL
+    everything = bool(grid.visible.all())
+    if small:
+        asking = scaled(grid.query, grid.scale)
+        near = asking @ grid.key.to(asking.dtype).mT
+        near = near if everything else hide(near, grid.visible[:, :, None, :])
+        map_of_row = near.softmax(-1).to(grid.value.dtype)
+        answers = map_of_row @ grid.value
+    else:
+        whole = grid.attend(None)
+        answers = whole.output
     key = grid.key
     if plan.row_key in ("wsum", "wsum_proj"):
-        key = grid._replace(value=grid.key).attend(None).output
-    if plan.row_key == "proj":
-        key = project(whole.output)
-    elif plan.row_key == "wsum_proj":
-        key = project(key)
-    regions = Summaries(key, whole.output, grid.visible)
+        key = map_of_row @ key if small else grid._replace(value=key).attend(None).output
+    if plan.row_key in ("proj", "wsum_proj"):
+        key = project(answers if plan.row_key == "proj" else key)
     other = _others(rows, grid.query, is_causal)
-    far = grid.turned().attend_to(_turn_summaries(regions), other)
-    near = grid.attend(_square(columns, grid.query).tril()) if is_causal else whole
-    return merge(near, _turn_state(far))
+    past = _square(columns, grid.query).tril() if is_causal else None
+    if not small:
+        regions = _turn_summaries(Summaries(key, answers, grid.visible))
+        far = _turn_state(grid.turned().attend_to(regions, other))
+        return merge(whole if past is None else grid.attend(past), far).output
+    across = _turn(asking) @ _turn(key).to(asking.dtype).mT
+    if not everything:
+        across = hide(across, grid.visible.mT[:, :, None, :])
+    direct, share = joint_softmax(
+        near if past is None else hide(near, past), _turn(hide(across, other))
+    )
+    taken = _turn(share.to(answers.dtype)) @ _turn(answers)
+    return direct.to(answers.dtype) @ grid.value + _turn(taken)

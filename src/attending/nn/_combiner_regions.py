@@ -12,6 +12,8 @@ from torch import Tensor
 from attending.core.state import attention_state
 from attending.nn.partition_tree import Pooling
 
+SMALL = 512  # direct keys and regions of a query, up to which the maps of the blocks are made
+
 
 class Call(NamedTuple):
     """What a plan works on.
@@ -60,6 +62,30 @@ def expectation(
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)
     return (weights.to(value.dtype)[..., None, :] @ value).squeeze(-2)
+
+
+def joint_softmax(near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of direct keys and of regions under their one softmax, over the last dimension.
+
+    The merge of two states, where the blocks are so small that their maps cost less than the
+    merge: no map here is wider than `SMALL`.
+    """
+    dtype = torch.promote_types(near.dtype, torch.float32)
+    weights = torch.cat([near, far], -1).softmax(-1, dtype=dtype)
+    return weights[..., : near.shape[-1]], weights[..., near.shape[-1] :]
+
+
+def hide(scores: Tensor, seen: Tensor) -> Tensor:
+    """Scores, in place, without what is not seen; for scores that a product has just made.
+
+    A row that sees nothing has finite weights, not NaN.
+    """
+    return scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
+
+
+def scaled(query: Tensor, scale: float) -> Tensor:
+    """The query times the scale, in float32 at least, for scores that are no half precision."""
+    return query.to(torch.promote_types(query.dtype, torch.float32)) * scale
 
 
 def running_pool(features: Tensor, visible: Tensor, pool: Pooling) -> Tensor:

@@ -5,30 +5,83 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attending.core.state import AttentionState, attention_state, merge
-from attending.nn._combiner_regions import Call, expectation
+from attending.nn._combiner_regions import (
+    SMALL,
+    Call,
+    expectation,
+    hide,
+    joint_softmax,
+    scaled,
+)
 from attending.nn._key_padding import compact, restore
 from attending.nn.partition_tree import Pooling, windows_tree
 
 
-def fixed_state(call: Call, segment_length: int) -> AttentionState:
+def fixed_output(call: Call, segment_length: int) -> Tensor:
     """Attention by `FixedPlan`; hidden tokens are at the end of their sequence."""
-    batch, heads, tokens, _ = call.query.shape
-    segment_length = min(segment_length, tokens)
-    segments = -(-tokens // segment_length)
-    rest = segments * segment_length - tokens
+    tokens = call.query.shape[2]
+    size = min(segment_length, tokens)
+    segments = -(-tokens // size)
+    rest = segments * size - tokens
     visible = call.visible
     if visible is None and rest:
         visible = torch.ones(1, tokens, dtype=torch.bool, device=call.query.device)
     if visible is not None:
-        visible = pad(visible, (0, rest)).view(-1, 1, segments, segment_length)
+        visible = pad(visible, (0, rest)).view(-1, 1, segments, size)
+    folded = [
+        (pad(tensor, (0, 0, 0, rest)) if rest else tensor).unflatten(2, (segments, size))
+        for tensor in (call.query, call.key, call.value)
+    ]
+    query, key, value = folded
+    weights = None if call.visible is None else call.visible[:, None]
+    tree = windows_tree(tokens, (size,)) if 1 < size < tokens else None
 
-    def fold(tensor: Tensor) -> Tensor:
-        return pad(tensor, (0, 0, 0, rest)).unflatten(2, (segments, segment_length))
+    def pooled(tensor: Tensor) -> Tensor:
+        return tensor if tree is None else tree.pool_tables(tensor, weights, call.pool)[1]
 
-    query, key, value = fold(call.query), fold(call.key), fold(call.value)
+    if segments == 1:
+        regions = key[:, :, :0, 0], value[:, :, :0, 0]
+    else:
+        answers = expectation(pooled(call.query), key, value, visible, call.scale)
+        regions = pooled(call.key), answers
+    place = torch.arange(segments, device=query.device)
+    other = place[:, None] > place if call.is_causal else place[:, None] != place
+    near = None
+    if call.is_causal:
+        near = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    elif visible is not None:  # of a causal model, visible tokens see no padding anyway
+        near = visible[:, :, :, None, :]
+        other = other & visible.any(-1)[:, :, None, :]
+    if size + segments > SMALL:
+        output = _merged(call, query, key, value, near, other, regions)
+    else:
+        asking = scaled(query, call.scale)
+        close = asking @ key.to(asking.dtype).mT
+        close = close if near is None else hide(close, near)
+        # All queries of a head at once: a product that is spread over segments copies its regions.
+        far = (asking.flatten(2, 3) @ regions[0].to(asking.dtype).mT).unflatten(2, (segments, size))
+        if segments > 1:
+            far = hide(far, other[..., None, :])
+        direct, share = joint_softmax(close, far)
+        taken = share.to(value.dtype).flatten(2, 3) @ regions[1]
+        output = direct.to(value.dtype) @ value + taken.unflatten(2, (segments, size))
+    return output.flatten(2, 3)[:, :, :tokens]
+
+
+def _merged(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    near: Tensor | None,
+    other: Tensor,
+    regions: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The states of own segment and of regions, each from a fused kernel, in linear memory."""
+    batch, heads, segments, size, _ = query.shape
     mask = None
-    if visible is not None and not call.is_causal:
-        mask = visible[..., None, :].expand(batch, heads, -1, -1, -1).flatten(0, 1)
+    if not call.is_causal and near is not None:
+        mask = near.expand(batch, heads, segments, 1, size).flatten(0, 1)
     own = attention_state(
         query.flatten(0, 1),
         key.flatten(0, 1),
@@ -38,27 +91,14 @@ def fixed_state(call: Call, segment_length: int) -> AttentionState:
         scale=call.scale,
     )
     direct = AttentionState(
-        own.output.reshape(batch, heads, -1, value.shape[-1])[:, :, :tokens],
-        own.lse.reshape(batch, heads, -1)[:, :, :tokens],
+        own.output.unflatten(0, (batch, heads)).flatten(2, 3),
+        own.lse.unflatten(0, (batch, heads)).flatten(2, 3),
     )
-    if segments == 1:
-        return direct
-    weights = None if call.visible is None else call.visible[:, None]
-    tree = windows_tree(tokens, (segment_length,)) if segment_length > 1 else None
-
-    def pooled(tensor: Tensor) -> Tensor:
-        if tree is None:
-            return tensor
-        return tree.pool_tables(tensor, weights, call.pool)[1]
-
-    answers = expectation(pooled(call.query), key, value, visible, call.scale)
-    here = torch.arange(tokens, device=call.query.device)[:, None] // segment_length
-    other = torch.arange(segments, device=call.query.device)
-    seen = here > other if call.is_causal else here != other
-    if visible is not None and not call.is_causal:
-        seen = seen & visible.any(-1)[:, :, None]
-    regions = attention_state(call.query, pooled(call.key), answers, seen, scale=call.scale)
-    return merge(direct, regions)
+    if segments > 1:
+        seen = other.repeat_interleave(size, -2)
+        far = attention_state(query.flatten(2, 3), *regions, seen, scale=call.scale)
+        direct = merge(direct, far)
+    return direct.output.unflatten(2, (segments, size))
 
 
 def logsparse_state(call: Call) -> AttentionState:
@@ -93,7 +133,8 @@ def _blocks_before(
     tree = windows_tree(tokens, (2,) * levels)
     queries, keys = (tree.pool_tables(tensor, None, pool) for tensor in (query, key))
     rest = 2**levels - tokens
-    query, key, value = (pad(tensor, (0, 0, 0, rest)) for tensor in (query, key, value))
+    if rest:
+        query, key, value = (pad(tensor, (0, 0, 0, rest)) for tensor in (query, key, value))
     states = []
     for level in range(levels):
         size = 2**level

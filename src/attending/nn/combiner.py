@@ -31,7 +31,7 @@ from attending.core.check import check_arguments
 from attending.nn._combiner_axial import Project, axial_output
 from attending.nn._combiner_regions import Call
 from attending.nn._combiner_routing import routing_state
-from attending.nn._combiner_sequence import fixed_state, logsparse_state
+from attending.nn._combiner_sequence import fixed_output, logsparse_state
 from attending.nn._key_padding import compact, key_padding, restore
 from attending.nn.combiner_plans import AxialPlan, FixedPlan, LogsparsePlan, Plan, RoutingPlan
 from attending.nn.partition_tree import Pooling
@@ -207,7 +207,7 @@ def _combine(
         (query, key, value), cut, order = compact((query, key, value), visible)
     call = Call(query, key, value, cut, is_causal, scale, pool)
     if isinstance(plan, FixedPlan):
-        output = fixed_state(call, plan.segment_length).output
+        output = fixed_output(call, plan.segment_length)
     elif isinstance(plan, LogsparsePlan):
         output = logsparse_state(call).output
     elif isinstance(plan, AxialPlan):

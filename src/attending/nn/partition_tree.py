@@ -279,22 +279,21 @@ class PartitionTree:
             )
         if how not in ("mean", "max"):
             raise ValueError(f'how: expected "mean" or "max", got {how!r}.')
-        if weights is None:
-            weights = features.new_ones(self.num_leaves)
-        weights = weights.to(features.dtype).unsqueeze(-1)
-        totals = self._sums(weights)
+        counts = features.new_ones(self.num_leaves, 1) if weights is None else weights[..., None]
+        totals = self._sums(counts.to(features.dtype))
         if how == "mean":
-            sums = self._sums(features * weights)
+            sums = self._sums(features if weights is None else features * totals[0])
             return [
                 part / total.masked_fill(total == 0, 1.0)
                 for part, total in zip(sums, totals, strict=True)
             ]
-        tables = [features.masked_fill(weights == 0, -torch.inf)]
+        hidden = None if weights is None else [total == 0 for total in totals]
+        tables = [features if hidden is None else features.masked_fill(hidden[0], -torch.inf)]
         for family in self.layout(features.device).families:
             tables.append(family.take(tables, -torch.inf).amax(-2))
-        return [
-            part.masked_fill(total == 0, 0.0) for part, total in zip(tables, totals, strict=True)
-        ]
+        if hidden is None:
+            return tables
+        return [part.masked_fill(none, 0.0) for part, none in zip(tables, hidden, strict=True)]
 
     def weight_tables(self, weights: Tensor) -> list[Tensor]:
         """The sum of the weights of the leaves below every node, in parts as `pool_tables`."""
