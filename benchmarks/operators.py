@@ -1,6 +1,7 @@
 """Attention operators: ours, the formulation of their own paper, peers, and SDPA.
 
     python benchmarks/operators.py [--quick] [--only flow] [--lengths 256 1024 4096 16384]
+    python benchmarks/operators.py --only flow --memory    # memory anew, times as they are
 
 For each row of `_operator_rows.py`, each form (bidirectional, causal) and each length: time and
 peak memory of the forward pass, and of the forward and the backward pass, in one run and by turns;
@@ -70,21 +71,30 @@ def contenders(row: Row, is_causal: bool, length: int) -> tuple[dict[str, str], 
 
 
 def memory(contender: str, length: int, is_causal: bool, work: str) -> float:
-    """The peak growth in MB of a child that has done nothing large before."""
-    context = multiprocessing.get_context("fork")
+    """The peak growth in MB of a process that has done nothing large before.
+
+    It is forked from a server that has only loaded torch. A fork of this process would inherit what
+    its allocator keeps after the timings, and grow by less.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "attending.nn.flow_attention", "_operator_rows"])
     receiver, sender = context.Pipe(duplex=False)
-
-    def child() -> None:
-        function = load(contender)
-        job(function, 64, is_causal, work)()  # whatever is loaded at the first call
-        sender.send(peak_growth(job(function, length, is_causal, work)))
-
-    process = context.Process(target=child)
+    process = context.Process(target=_child, args=(sender, contender, length, is_causal, work))
     process.start()
-    process.join()
-    if process.exitcode or not receiver.poll():
+    sender.close()
+    try:
+        return float(receiver.recv()) / 1e6
+    except EOFError:  # it was killed, most likely for its memory
         return math.nan
-    return float(receiver.recv()) / 1e6
+    finally:
+        process.join()
+
+
+def _child(sender: Any, contender: str, length: int, is_causal: bool, work: str) -> None:
+    torch.set_num_threads(1)
+    function = load(contender)
+    job(function, 64, is_causal, work)()  # whatever is loaded at the first call
+    sender.send(peak_growth(job(function, length, is_causal, work)))
 
 
 def largest_difference(row: Row, is_causal: bool) -> float:
@@ -111,12 +121,38 @@ def measure(
             "time over SDPA": ratio(seconds, name, SDPA),
             "time over ours": ratio(seconds, name, OURS),
             "peak MB": peaks[name],
-            # What the output alone takes is the least that any can grow by.
-            "memory of ours over it": peaks[OURS] / max(peaks[name], 1e-9),
         }
         for name, times in seconds.items()
     }
+    compare_memory(found)
     return found | {name: {"left out": reason} for name, reason in left_out.items()}
+
+
+def measure_memory(row: Row, figures: dict[str, Any]) -> None:
+    """Peak memory, put into the figures of a row whose times are there."""
+    for is_causal in row.causal:
+        form = "causal" if is_causal else "bidirectional"
+        for work in (FORWARD, BOTH):
+            for length, found in figures[form][work].items():
+                names, _ = contenders(row, is_causal, int(length))
+                for name in found:
+                    if "left out" not in found[name]:
+                        found[name]["peak MB"] = memory(names[name], int(length), is_causal, work)
+                compare_memory(found)
+
+
+def compare_memory(found: dict[str, dict[str, Any]]) -> None:
+    """What ours takes as a share of what each contender takes."""
+    for figures in found.values():
+        if "peak MB" in figures:
+            share = found[OURS]["peak MB"] / max(figures["peak MB"], 1e-9)
+            figures["memory of ours over it"] = share
+
+
+def conclude(row: Row, figures: dict[str, Any]) -> None:
+    """Say which goals were met."""
+    results = {goal.words: said(goal, figures) for goal in row.goals}
+    figures["goals"] = {words: result for words, result in results.items() if result}
 
 
 def growth(row: Row, is_causal: bool, lengths: list[int], rounds: int) -> dict[str, Any]:
@@ -192,6 +228,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), default=sorted(ROWS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure memory alone, into the JSON file that is there",
+    )
     parser.add_argument("--out", type=Path, help="results/benchmarks/operators.json by default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -200,11 +241,18 @@ def main() -> None:
     out = arguments.out or RESULTS / "operators.json"
     lengths = [64, 128] if arguments.quick else arguments.lengths
     operators: dict[str, Any] = {}
+    figures: dict[str, Any]
     if out.exists():
         operators = json.loads(out.read_text()).get("operators", {})
     for name in arguments.only:
         row = ROWS[name]
-        figures: dict[str, Any] = {"machine": machine()}
+        if arguments.memory:
+            figures = operators[name]
+            measure_memory(row, figures)
+            conclude(row, figures)
+            console.print(figures["goals"])
+            continue
+        figures = {"machine": machine()}
         for is_causal in row.causal:
             form = "causal" if is_causal else "bidirectional"
             figures[form] = {FORWARD: {}, BOTH: {}}
@@ -219,11 +267,11 @@ def main() -> None:
             growing = [64, 128, 256] if arguments.quick else [n for n in GROWTH if n <= row.most]
             figures[form] |= growth(row, is_causal, growing, 2 if arguments.quick else 5)
             console.print(f"growth exponent: {figures[form]['growth exponent']:.3f}")
-        results = {goal.words: said(goal, figures) for goal in row.goals}
-        figures["goals"] = {words: result for words, result in results.items() if result}
+        conclude(row, figures)
         console.print(figures["goals"])
         operators[name] = figures
         write("operators", {"operators": operators}, out)  # what there is, should the rest fail
+    write("operators", {"operators": operators}, out)
     plot(operators, out.with_suffix(".png"))
     console.print(f"wrote {out}")
 
