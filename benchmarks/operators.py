@@ -30,7 +30,7 @@ from rich.table import Table
 
 HEADS, DIM = 4, 64
 FORWARD, BOTH = "forward", "forward and backward"
-ROUNDS = {256: 15, 1024: 9, 4096: 5}  # 3 for longer ones
+ROUNDS = {256: 41, 1024: 21, 4096: 11}  # 3 for longer ones
 GROWTH = [1024, 4096, 16384, 65536]
 
 
