@@ -74,6 +74,21 @@ def test_without_auxiliary_qubits_the_map_is_the_squared_unitary():
     close(circuit(0 * scores), torch.eye(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "flipped", [[13], [11, 14], [3, 6, 12], [3, 7, 9, 10], [0, 2, 5, 8, 9, 10, 14]]
+)
+def test_signs_that_the_map_does_not_see(flipped):
+    """These five and what they combine to are the 32 patterns, found by trying all 2^16."""
+    scores, signs = normal(9, 16), torch.ones(16, dtype=torch.float64)
+    signs[flipped] = -1
+    pair = torch.stack([scores, signs * scores]).view(2, 4, 4)
+    for aux_qubits, seen in ((3, False), (2, True)):
+        first, second = CircuitMap(4, aux_qubits, 8, dtype=torch.float64)(pair)
+        assert bool((first - second).abs().max() > 1e-3) == seen
+        if not seen:
+            close(first, second)
+
+
 @pytest.mark.parametrize("layers", [0, 2])
 def test_gradients(layers):
     circuit = CircuitMap(4, 1, layers, mode="trainable", dtype=torch.float64)

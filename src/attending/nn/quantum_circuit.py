@@ -39,6 +39,10 @@ class CircuitMap(nn.Module):
     the identity, not an even map. The map is periodic in the scores, does not follow permutations
     of the tokens, and with many qubits and layers its gradient vanishes.
 
+    Where a layer has as many angles as there are scores, each score turns the same gate in every
+    layer, and changes of sign that are a change of basis do nothing. So it is for 4 tokens with the
+    default of 3 auxiliary qubits: 32 patterns of signs share each map. With 2 each has its own.
+
     Args:
         num_tokens: of queries, and of keys: a power of two.
         aux_qubits: qubits that are not measured; `log2(num_tokens) + 1` by default, as the paper.
