@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from attending.nn._attention_adapter import Adapter, Operator
-from attending.nn.differential_attention import DifferentialOutputs, differential_outputs
+from attending.nn.differential_attention import (
+    DifferentialOutputs,
+    differential_outputs,
+    join_values,
+    split_values,
+)
 from attending.nn.grouped_differential_attention import GroupedDifferentialAttention
 
 
@@ -42,11 +47,12 @@ class DifferentialDecoderAttention(nn.Module):
         """The output, and None for the map, of which there are two."""
         layer = self.attention
         query, key, value = layer.project(hidden_states, position_embeddings=position_embeddings)
+        halves = split_values(value)
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = layer.update_cache(cache, key, value)
+            key, halves = cache.update(key, halves, self.layer_idx)
         both, _ = _adapter(layer.heads.ratio)(
-            self, query, key, value, attention_mask, scaling=layer.head_dim**-0.5, **others
+            self, query, key, halves, attention_mask, scaling=layer.head_dim**-0.5, **others
         )
         sizes = [layer.heads.num_signal, layer.heads.num_noise]
         signal, noise = both.transpose(1, 2).split(sizes, 1)
@@ -56,7 +62,7 @@ class DifferentialDecoderAttention(nn.Module):
 def _two_passes(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    halves: Tensor,
     *,
     ratio: int,
     attn_mask: Tensor | None = None,
@@ -68,7 +74,7 @@ def _two_passes(
     outputs = differential_outputs(
         query,
         key,
-        value,
+        join_values(halves),
         ratio=ratio,
         attn_mask=attn_mask,
         is_causal=is_causal,

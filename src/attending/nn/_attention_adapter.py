@@ -143,7 +143,7 @@ class Adapter:
         dropout: float = 0.0,
         is_causal: bool | None = None,
         **others: object,
-    ) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
+    ) -> tuple[Float[Tensor, "batch queries heads output_dim"], None]:
         """One call of an attention layer; the signature is that of transformers."""
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)

@@ -198,6 +198,26 @@ def differential_maps(
     return DifferentialMaps(signal, noise)
 
 
+def split_values(
+    value: Float[Tensor, "batch pairs tokens value_dim"],
+) -> Float[Tensor, "batch halves tokens half_dim"]:
+    """Each value as two heads, its halves, beside each other.
+
+    So there are as many heads of values as of keys, and of one width, which is what caches and
+    attention implementations expect. The value's width has to be even.
+    """
+    halves: Tensor = value.unflatten(-1, (2, -1)).transpose(2, 3)
+    return halves.flatten(1, 2)
+
+
+def join_values(
+    halves: Float[Tensor, "batch halves tokens half_dim"],
+) -> Float[Tensor, "batch pairs tokens value_dim"]:
+    """The way back from `split_values`."""
+    value: Tensor = halves.unflatten(1, (-1, 2)).transpose(2, 3)
+    return value.flatten(3)
+
+
 def _heads(query: Tensor, key: Tensor, ratio: int, enable_gqa: bool) -> DifferentialHeads:
     """The layout, read off the shapes."""
     for name, tensor in (("query", query), ("key", key)):

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from attending.nn.differential_attention import (
     DifferentialOutputs,
     differential_outputs,
+    join_values,
+    split_values,
     subtract_noise,
 )
 from attending.nn.head_maps import DifferentialHeads
@@ -177,13 +179,14 @@ class GroupedDifferentialAttention(nn.Module):
                 last ones of the keys.
             position_embeddings: cosine and sine of the rotary embedding, `[batch or 1, tokens,
                 head_dim]`, as transformers' models make them; for self-attention.
-            cache: where keys and values of the tokens before are, and those of these go; see
-                `update_cache`.
+            cache: where keys and values of the tokens before are, and those of these go:
+                `2 * num_kv_pairs` heads of both, `head_dim` wide (see `split_values`).
         """
         heads = self.project(query, key, value, position_embeddings)
         asked, keys, values = heads
         if cache is not None:
-            keys, values = self.update_cache(cache, keys, values)
+            keys, halves = cache.update(keys, split_values(values), self.layer_idx)
+            values = join_values(halves)
         past = keys.shape[2] - asked.shape[2]
         if is_causal and past and attn_mask is None:
             # `is_causal` is aligned to the first key, the tokens are the last ones.
@@ -225,25 +228,6 @@ class GroupedDifferentialAttention(nn.Module):
                 for one in (asked, keys)
             )
         return asked, keys, values
-
-    def update_cache(
-        self,
-        cache: KeyValueCache,
-        key: Float[Tensor, "batch key_heads tokens dim"],
-        value: Float[Tensor, "batch pairs tokens value_dim"],
-    ) -> tuple[
-        Float[Tensor, "batch key_heads keys dim"],
-        Float[Tensor, "batch pairs keys value_dim"],
-    ]:
-        """Append keys and values to a cache and return all of them.
-
-        The cache gets `2 * num_kv_pairs` heads of both, `head_dim` wide, a value as its two halves:
-        caches for a fixed length want as many heads of values as of keys.
-        """
-        halves = value.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)
-        key, halves = cache.update(key, halves, self.layer_idx)
-        value = halves.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
-        return key, value
 
     def combine(
         self,
