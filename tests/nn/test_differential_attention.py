@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attending.nn.differential_attention import (
     differential_attention,
@@ -158,6 +159,36 @@ def test_gradients(problem: tuple) -> None:
         rtol=1e-8,
         atol=1e-8,
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees every operation, of the backward pass too, and keeps the largest size of a result."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        results = func(*args, **(kwargs or {}))
+        for one in results if isinstance(results, tuple | list) else [results]:
+            if isinstance(one, Tensor):
+                self.numel = max(self.numel, one.numel())
+        return results
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_map_is_stored_forward_or_backward(is_causal: bool) -> None:
+    tokens = 700
+    query, key, value = (
+        torch.randn(1, heads, tokens, width, requires_grad=True)
+        for heads, width in ((4, 8), (2, 8), (1, 16))
+    )
+    with LargestTensor() as largest:
+        output = differential_attention(query, key, value, 0.5, ratio=3, is_causal=is_causal)
+        output.sin().sum().backward()
+    assert query.grad is not None
+    assert query.numel() <= largest.numel < tokens * tokens / 4
+    with LargestTensor() as largest:
+        differential_maps(query, key, ratio=3, is_causal=is_causal)
+    assert largest.numel >= tokens * tokens  # the mode does see maps
 
 
 def test_a_mask_for_each_head_is_in_the_order_of_the_query_heads() -> None:
