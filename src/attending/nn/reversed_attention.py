@@ -233,13 +233,11 @@ class ReversedAttention(nn.Module):
         self.head_selector = nn.Linear(embed_dim, num_heads, bias=False, **factory)
         # Small, or from the start some heads would be chosen by nobody.
         nn.init.normal_(self.head_selector.weight, std=0.02)
-        self.message_controller = nn.Sequential(
-            nn.Linear(embed_dim, hidden, bias=False, **factory),
-            nn.GELU(),
-            nn.Linear(hidden, 1, bias=controller_bias is not None, **factory),
-        )
+        last = nn.Linear(hidden, 1, bias=controller_bias is not None, **factory)
         if controller_bias is not None:
-            nn.init.constant_(self.message_controller[2].bias, controller_bias)
+            nn.init.constant_(last.bias, controller_bias)
+        first = nn.Linear(embed_dim, hidden, bias=False, **factory)
+        self.message_controller = nn.Sequential(first, nn.GELU(), last)
 
     def forward(
         self,

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from attending.probes._arborescence import best_tree
+from attending.probes._arborescence import Matrix, best_tree
 
 if TYPE_CHECKING:
     import networkx
@@ -74,14 +75,14 @@ def dependency_tree(
     return parents.to(dependency.device)
 
 
-def _tree(mask: np.ndarray, root: int | str | None, method: str) -> np.ndarray:
+def _tree(mask: Matrix, root: int | str | None, method: str) -> NDArray[np.int64]:
     others = mask * (1 - np.eye(len(mask)))
     chosen = int(others.sum(1).argmax()) if root == "received" else root
     weight = np.log(np.maximum(others, np.finfo(np.float64).tiny))
     if method == "edmonds":
         return best_tree(weight, None if chosen is None else int(chosen))
     np.fill_diagonal(weight, -np.inf)
-    parents = weight.argmax(0)
+    parents: NDArray[np.int64] = weight.argmax(0)
     if chosen is None:  # the edge that is worth least
         chosen = int(weight.max(0).argmin())
     parents[int(chosen)] = -1
