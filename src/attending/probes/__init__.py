@@ -7,5 +7,6 @@ Each probe is a module; import the one you need.
 - `attending.probes.map_indicators`: spread, sink, locality and head diversity of given maps.
 - `attending.probes.hidden`: the hidden states from block to block.
 - `attending.probes.outliers`: systematic outliers of activations, weights and attention.
+- `attending.probes.dependency_tree`: trees of parts from the maps of reversed attention.
 - `attending.probes.quantization`: what rounding to few bits costs a model.
 """
