@@ -31,15 +31,13 @@ class Reversed(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, sent, bias = ctx.saved_tensors
         needs = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip((query, key, bias), needs, strict=True)
-        ]
+        query, key = query.detach(), key.detach()
+        query.requires_grad_(needs[0])
+        key.requires_grad_(needs[1])
+        bias = None if bias is None else bias.detach().requires_grad_(needs[2])
         with torch.enable_grad():
-            output = attend(
-                leaves[0], leaves[1], grad.to(query.dtype), bias=leaves[2], scale=ctx.scale
-            ).output
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            output = attend(query, key, grad.to(query.dtype), bias=bias, scale=ctx.scale).output
+        wanted = [one for one, need in zip((query, key, bias), needs, strict=True) if need]
         found = torch.autograd.grad(output, wanted, sent.to(output.dtype)) if wanted else ()
         rest = iter(found)
         grads = [next(rest) if need else None for need in needs]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from attending.models.dependency_vit import Attention, DependencyViT
+from attending.models.dependency_vit import Attention, DependencyViT, Ranking
 from attending.probes.dependency_tree import accumulated_dependency, dependency_tree, tree_segments
 
 SIDE, PATCH = 16, 2
@@ -104,8 +104,10 @@ def train_digits(attention: Attention, settings: Mapping[str, Any], seed: int) -
         for batch in training[torch.randperm(len(training), generator=shuffle)].split(size):
             _step(optimizer, schedule, cross_entropy(model(images[batch]), labels[batch]))
         curve.append((epoch + 1, _accuracy(model, images[held_out], labels[held_out])))
-    pruned = {}
-    rankings = ("message", "received", "random") if attention == "reversed" else ("random",)
+    pruned: dict[str, float] = {}
+    rankings: tuple[Ranking, ...] = ("random",)
+    if attention == "reversed":
+        rankings = ("message", "received", "random")
     for ranking in rankings:
         model.set_pruning(PRUNED, rank_by=ranking)
         repeats = 5 if ranking == "random" else 1
@@ -217,7 +219,7 @@ def _step(
     loss: Tensor,
 ) -> None:
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     schedule.step()
 
