@@ -123,8 +123,8 @@ def accumulated_dependency(
 
 
 def pruned_tree(
-    masks: Sequence[Float[Tensor, "tokens tokens"]],
-    indices: Sequence[Int[Tensor, " tokens"]],
+    masks: Sequence[Float[Tensor, "_tokens _tokens"]],
+    indices: Sequence[Int[Tensor, " _tokens"]],
     root: int | Literal["received"] | None = None,
 ) -> Int[Tensor, " tokens"]:
     """One tree over all tokens of a model that prunes some on the way.
