@@ -41,7 +41,11 @@ def house(folder: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("room", "source", "reason"),
     [
-        ("core__state", "from attending.taps import tap", "core (floor 1) imports upward from taps"),
+        (
+            "core__state",
+            "from attending.taps import tap",
+            "imports upward from taps",
+        ),
         ("core__state", "from attending import taps", "imports upward from taps (floor 2)"),
         ("core__state", "from ..taps import tap", "imports upward from taps (floor 2)"),
         ("core__state", "from .. import taps", "imports upward from taps (floor 2)"),
@@ -68,7 +72,11 @@ def house(folder: Path, **files: str) -> Path:
             "import typing\nif typing.TYPE_CHECKING:\n    import ray\nelse:\n    import pennylane",
             "pennylane is optional",
         ),
-        ("taps", "from attending import attention_state", "attending.attention_state is the public"),
+        (
+            "taps",
+            "from attending import attention_state",
+            "is the public face",
+        ),
         ("taps", "import attending", "attending is the public face"),
         ("attic", "", "the house has no room 'attic'"),
     ],
