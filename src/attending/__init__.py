@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from attending.diagnosis import Diagnosis as Diagnosis
     from attending.diagnosis import Thresholds as Thresholds
     from attending.diagnosis import diagnose as diagnose
-    from attending.nn.registration import register_attention as register_attention
     from attending.monitor import AttentionMonitor as AttentionMonitor
+    from attending.nn.registration import register_attention as register_attention
     from attending.taps import AttentionCall as AttentionCall
     from attending.taps import TapError as TapError
     from attending.taps import tap as tap
