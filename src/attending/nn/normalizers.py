@@ -19,7 +19,7 @@ row must be (0, 1, 0, ...), and so on. `check_support` refuses it.
 """
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,7 @@ CAUSAL_REASON = (
 )
 
 
+@runtime_checkable
 class Normalizer(Protocol):
     """What turns scores into a map."""
 

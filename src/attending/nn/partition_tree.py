@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attending.nn._tree_families import Layout, lay_out, renumber
@@ -248,7 +248,7 @@ class PartitionTree:
     def pool(
         self,
         features: Float[Tensor, "*batch leaves dim"],
-        weights: Float[Tensor, "*#batch leaves"] | None = None,
+        weights: Float[Tensor, "*#batch leaves"] | Bool[Tensor, "*#batch leaves"] | None = None,
         how: Pooling = "mean",
     ) -> Float[Tensor, "*batch nodes dim"]:
         """The mean or the largest of each feature over the leaves of every node; differentiable.
