@@ -1,10 +1,11 @@
 """The record of random-feature attention: what a layer with frozen queries and keys can learn."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attending.papers._record import Figure, Paper, Rule, Scale, Verdict
-from attending.papers._reproduction import Reproduction
+from attending.papers._reproduction import Reproduction, Series
 
 MODELS = ("zero", "identity", "network")
 TARGETS = {
@@ -116,11 +117,20 @@ PAPER = Paper(
         ),
     ),
     extension_points=("torch.nn.Module with frozen buffers, and a fit in closed form",),
-    planned_symbols=(
-        "attending.probes.random_feature_attention.RandomFeatureAttentionRegressor",
-        "attending.nn.random_feature_attention.RandomFeatureAttention",
+    symbols=(
+        "attending.nn.frozen_attention.FrozenAttention",
+        "attending.nn.frozen_attention.frozen_attention_features",
+        "attending.nn.frozen_attention.frozen_attention_kernel",
+        "attending.nn.random_feature_mlp.RandomFeatureMLP",
+        "attending.nn.ridge.ridge_solution",
+        "attending.probes.set_targets.random_sets",
+        "attending.probes.set_targets.key_power",
+        "attending.probes.set_targets.correlation_power",
+        "attending.probes.set_targets.correlation_relu",
+        "attending.probes.set_targets.mixed_power",
     ),
-    status="planned",
+    rule=RULE,
+    status="built",
 )
 
 _SMALL: dict[str, Any] = {
@@ -156,6 +166,36 @@ def settings(scale: Scale) -> dict[str, Any]:
             "samples": [64, 256, 1024, 4096, 8192],
         },
     }[scale]
+
+
+def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
+    """Fit both kinds of attention and the network to seven targets, from few and many samples.
+
+    See `attending.papers._random_feature_attention_theory_errors`.
+    """
+    from attending.papers._random_feature_attention_theory_errors import run
+
+    settings_here = settings(scale)
+    found = run(seed, settings_here)
+    samples = settings_here["samples"]
+    series = [
+        Series(model, samples, found[model][target], shown, "samples", "error / variance")
+        for target, shown in TARGETS.items()
+        for model in MODELS
+    ]
+    return Reproduction(
+        slug=PAPER.slug,
+        scale=scale,
+        seed=seed,
+        measurements={
+            f"{target}_{model}_{count}": error
+            for target in TARGETS
+            for model in MODELS
+            for count, error in zip(samples, found[model][target], strict=True)
+        },
+        series=tuple(series),
+        settings=settings_here,
+    )
 
 
 def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
