@@ -202,11 +202,11 @@ def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
     """Error by samples on log axes, a panel for each target, a line for each seed."""
     grid = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
     colours = dict(zip(MODELS, ("C0", "C2", "C3"), strict=True))
-    for axes, (target, shown) in zip(grid, TARGETS.items(), strict=False):
+    for axes, shown in zip(grid, TARGETS.values(), strict=False):
         for run in reproductions:
             for one in (one for one in run.series if one.panel == shown):
                 axes.loglog(one.x, one.y, color=colours[one.name], alpha=0.7, marker=".")
-        axes.set_title(f"{target}: {shown}", fontsize=7)
+        axes.set_title(shown, fontsize=8)
         axes.grid(alpha=0.3)
     names = {"zero": "attention", "identity": "attention, mean identity", "network": "network"}
     for model in MODELS:
