@@ -31,8 +31,9 @@ def routing_state(call: Call, assign: Tensor) -> AttentionState:
 
     def gather(tensor: Tensor) -> Tensor:
         dim = tensor.shape[-1]
-        found = tensor.gather(1, index[..., None].expand(-1, -1, dim))
-        return found.unflatten(1, (clusters, size)).masked_fill(~real[..., None], 0.0)
+        flat = tensor.gather(1, index[..., None].expand(-1, -1, dim))
+        found: Tensor = flat.unflatten(1, (clusters, size))
+        return found.masked_fill(~real[..., None], 0.0)
 
     grouped = gather(query), gather(key), gather(value)
     mask = None if call.is_causal or bool(real.all()) else real[:, :, None, :]
@@ -62,7 +63,8 @@ def _see_running(
     def gather(tensor: Tensor) -> Tensor:
         dim = tensor.shape[-1]
         rows = last.flatten(1)[..., None].expand(-1, -1, dim)
-        return tensor.flatten(1, 2).gather(1, rows).unflatten(1, last.shape[1:])
+        found: Tensor = tensor.flatten(1, 2).gather(1, rows).unflatten(1, last.shape[1:])
+        return found
 
     seen = (other & (count > 0))[:, :, None, :]
     output, lse = attention_state(

@@ -98,7 +98,8 @@ def _merged(
         seen = other.repeat_interleave(size, -2)
         far = attention_state(query.flatten(2, 3), *regions, seen, scale=call.scale)
         direct = merge(direct, far)
-    return direct.output.unflatten(2, (segments, size))
+    output: Tensor = direct.output.unflatten(2, (segments, size))
+    return output
 
 
 def logsparse_state(call: Call) -> AttentionState:
@@ -107,11 +108,13 @@ def logsparse_state(call: Call) -> AttentionState:
     own = AttentionState(call.value, _scores(call.query, call.key, call.scale))
     states = [own, *_blocks_before(*tensors, call.scale, call.pool)]
     if not call.is_causal:
-        turned = tuple(tensor.flip(2) for tensor in tensors)
+        turned = [tensor.flip(2) for tensor in tensors]
         order = None
         if call.visible is not None:
-            turned, _, order = compact(turned, call.visible.flip(1))
-        for output, lse in _blocks_before(*turned, call.scale, call.pool):
+            compacted, _, order = compact(tuple(turned), call.visible.flip(1))
+            turned = list(compacted)
+        query, key, value = turned
+        for output, lse in _blocks_before(query, key, value, call.scale, call.pool):
             lse = lse[..., None]
             if order is not None:
                 output, lse = restore(output, order), restore(lse, order)
@@ -142,7 +145,8 @@ def _blocks_before(
         length = 2 * size * pairs
 
         def halves(tensor: Tensor, which: int, length: int = length, size: int = size) -> Tensor:
-            return tensor[:, :, :length].unflatten(2, (-1, 2, size))[:, :, :, which]
+            both: Tensor = tensor[:, :, :length].unflatten(2, (-1, 2, size))
+            return both[:, :, :, which]
 
         region_key = keys[level][:, :, 0 : 2 * pairs : 2]
         region_query = queries[level][:, :, 0 : 2 * pairs : 2]

@@ -55,8 +55,8 @@ class Families:
                 taken = pad(taken, (0, 0, 0, self.real.numel() - count))
         else:
             taken = source.index_select(-2, self.rows.flatten())
-        taken = taken.unflatten(-2, self.real.shape)
-        return taken if self.full else taken.masked_fill(~self.real[..., None], fill)
+        found: Tensor = taken.unflatten(-2, self.real.shape)
+        return found if self.full else found.masked_fill(~self.real[..., None], fill)
 
 
 @dataclass(frozen=True, eq=False)
