@@ -9,5 +9,5 @@ Each probe is a module; import the one you need.
 - `attending.probes.outliers`: systematic outliers of activations, weights and attention.
 - `attending.probes.dependency_tree`: trees of parts from the maps of reversed attention.
 - `attending.probes.quantization`: what rounding to few bits costs a model.
-- `attending.probes.set_targets`: functions of a query and a set of keys, to see what a model learns.
+- `attending.probes.set_targets`: functions on sets of keys, to see what a model learns.
 """
