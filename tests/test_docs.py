@@ -1,4 +1,7 @@
-"""The Python in the README and in the guides runs as it stands, block after block."""
+"""The Python in the README and in the guides runs as it stands, block after block.
+
+What is a fragment, of a program that is the reader's, is marked `py` and not run.
+"""
 
 import re
 from pathlib import Path

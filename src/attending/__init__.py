@@ -8,7 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from attending import conversion as conversion
     from attending import core as core
+    from attending import interventions as interventions
+    from attending import losses as losses
+    from attending import nn as nn
     from attending import papers as papers
     from attending import probes as probes
     from attending import zoo as zoo
@@ -33,6 +37,10 @@ __version__ = "0.1.0"
 # name: (module, attribute in it, or None for the module itself)
 _PUBLIC = {
     "core": ("attending.core", None),
+    "nn": ("attending.nn", None),
+    "losses": ("attending.losses", None),
+    "interventions": ("attending.interventions", None),
+    "conversion": ("attending.conversion", None),
     "bias": ("attending.core.bias", None),
     "papers": ("attending.papers", None),
     "probes": ("attending.probes", None),
