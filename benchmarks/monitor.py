@@ -146,7 +146,7 @@ def main() -> None:
     console.print("share of the training, by interval:", intervals)
     found = whole(every, 1 if arguments.quick else arguments.rounds)
     console.print(found)
-    if arguments.quick:  # figures of a short interval are not to be kept
+    if arguments.quick and arguments.out is None:  # figures of a short interval are not kept
         return
     share = found["with over without"] - 1
     figures = {

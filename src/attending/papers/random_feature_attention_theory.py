@@ -153,7 +153,7 @@ def settings(scale: Scale) -> dict[str, Any]:
             "dim": 4,
             "keys": 4,
             "heads": 16,
-            "samples": [16, 64],
+            "samples": [64, 1024],
             "held_out": 50,
             "test": 100,
         },
