@@ -113,6 +113,24 @@ ROWS: Mapping[str, Row] = {
             *linear_growth("bidirectional", "causal"),
         ),
     ),
+    "taylor": Row(
+        ours="_operators.deconstructing:taylor",
+        straightforward="_operators.deconstructing:straightforward_taylor",
+        most=4096,
+        goals=never_slower(),
+    ),
+    "nonapprox": Row(
+        ours="_operators.deconstructing:nonapprox",
+        straightforward="_operators.deconstructing:straightforward_nonapprox",
+        most=4096,
+        goals=(*never_slower(), *linear_growth("bidirectional", "causal")),
+    ),
+    "dydila": Row(
+        ours="_operators.dydila:ours",
+        straightforward="_operators.dydila:straightforward",
+        causal=(False,),
+        goals=(*never_slower((False,)), *linear_growth("bidirectional")),
+    ),
     "combiner, fixed": Row(
         ours="_operators.combiner:fixed",
         straightforward="_operators.combiner:straightforward_fixed",
