@@ -10,12 +10,12 @@ POWER, SHARE = 3.0, 0.01  # where both start in training
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-    """The other query and key are the first ones turned by a channel."""
+    """The other query and key are the first ones turned by a channel; a power for each token."""
     assert not is_causal
     asked, held = query.new_full(query.shape[:3], SHARE), key.new_full(key.shape[:3], SHARE)
-    features = (
-        focused_kernel(one, POWER) for one in (query, key, query.roll(1, -1), key.roll(1, -1))
-    )
+    power = query.new_full(query.shape[:3], POWER)
+    inputs = (query, key, query.roll(1, -1), key.roll(1, -1))
+    features = (focused_kernel(one, power) for one in inputs)
     queries, keys, other_queries, other_keys = features
     return token_differential_linear_attention(
         queries, keys, value, other_queries, other_keys, asked, held, normalize="count"
@@ -32,5 +32,5 @@ def straightforward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) 
 
 def _focused(tensor: Tensor) -> Tensor:
     positive = torch.relu(tensor)
-    raised = positive**POWER
+    raised = positive ** tensor.new_full((*tensor.shape[:-1], 1), POWER)
     return raised * (positive.norm(dim=-1, keepdim=True) / raised.norm(dim=-1, keepdim=True))
