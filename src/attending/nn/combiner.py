@@ -32,6 +32,7 @@ from attending.nn._combiner_axial import Project, axial_output
 from attending.nn._combiner_regions import Call
 from attending.nn._combiner_routing import routing_state
 from attending.nn._combiner_sequence import fixed_output, logsparse_state
+from attending.nn._head_counts import check_head_counts
 from attending.nn._key_padding import compact, key_padding, restore
 from attending.nn.combiner_plans import AxialPlan, FixedPlan, LogsparsePlan, Plan, RoutingPlan
 from attending.nn.partition_tree import Pooling
@@ -134,10 +135,7 @@ class CombinerAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
+        check_head_counts(embed_dim, num_heads)
         self.num_heads, self.plan, self.pool = num_heads, plan, pool
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)

@@ -18,6 +18,7 @@ from attending.core.check import check_arguments
 from attending.core.kernels import map_rows, weigh
 from attending.core.masks import hiding_bias
 from attending.core.state import attend
+from attending.nn._head_counts import check_head_counts
 from attending.nn.birkhoff import birkhoff_projection, orthostochastic
 from attending.nn.normalizers import Normalizer, Statistic, check_norm_softmax, spread_divisor
 from attending.nn.sinkhorn_attention import paired_mask, refuse_causal, sinkhorn_attention
@@ -225,10 +226,7 @@ class DoublyStochasticAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
+        check_head_counts(embed_dim, num_heads)
         if normalizer != "sinkhorn":
             _normalizer(normalizer)
         self.num_heads, self.scale = num_heads, scale

@@ -44,6 +44,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attending.core.check import check_arguments
+from attending.nn._head_counts import check_head_counts
 from attending.nn.focused_attention import focused_kernel
 from attending.nn.hard_routing import RoutedProjection, RoutedScalar
 from attending.nn.linear_attention import linear_attention, visible_keys
@@ -142,10 +143,7 @@ class DyDiLA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
+        check_head_counts(embed_dim, num_heads)
         counts = {
             "num_projections": num_projections,
             "num_kernels": num_kernels,

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attending.nn._head_counts import check_head_counts
+
 
 class OperatorAttention(nn.Module):
     """`out_proj(operator(q_proj(query), k_proj(key), v_proj(value)))`, over heads.
@@ -48,15 +50,7 @@ class OperatorAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
-        if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}."
-            )
+        kv_heads = check_head_counts(embed_dim, num_heads, num_kv_heads)
         self.operator = operator
         self.num_heads, self.num_kv_heads = num_heads, kv_heads
         self.head_dim = embed_dim // num_heads

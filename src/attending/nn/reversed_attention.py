@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attending.core.check import check_arguments, check_tensor
+from attending.nn._head_counts import check_head_counts
 from attending.nn._reversed import Reversed, hidden_senders, sender_gates, sender_shares
 
 DENSE_BYTES = 2**23  # of the map; smaller ones are faster to make than to avoid
@@ -213,10 +214,7 @@ class ReversedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
+        check_head_counts(embed_dim, num_heads)
         if not selector_temperature > 0:
             raise ValueError(
                 f"selector_temperature: expected more than 0, got {selector_temperature}."

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from attending.nn._head_counts import check_head_counts
 from attending.nn.biased_attention import attention_with_bias, sigmoid_attention
 from attending.nn.context_scale import ContextScale
 
@@ -74,15 +75,7 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
-        if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {kv_heads}."
-            )
+        kv_heads = check_head_counts(embed_dim, num_heads, num_kv_heads)
         if variant not in get_args(Variant):
             raise ValueError(f"variant: expected one of {get_args(Variant)}, got {variant!r}.")
         if key_length is not None and variant != "sigmoid":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from attending.nn._head_counts import check_head_counts
 from attending.nn.query_temperature import QueryScale, QueryTemperature
 from attending.nn.self_attention import KeyValueCache
 
@@ -163,10 +164,7 @@ class SoftmaxOnlyAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim}, got {num_heads}."
-            )
+        check_head_counts(embed_dim, num_heads)
         if temperature not in (None, "per_head_position"):
             raise ValueError(
                 f'temperature: expected None or "per_head_position", got {temperature!r}.'
