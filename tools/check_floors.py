@@ -28,7 +28,7 @@ FLOORS = {
     "diagnosis": 5,
     "monitor": 5,
     "report": 5,
-    "trial": 5,
+    "trials": 5,
     "papers": 4,
     "conversion": 3,
     "decoding": 3,
