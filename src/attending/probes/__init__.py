@@ -10,4 +10,5 @@ Each probe is a module; import the one you need.
 - `attending.probes.dependency_tree`: trees of parts from the maps of reversed attention.
 - `attending.probes.quantization`: what rounding to few bits costs a model.
 - `attending.probes.set_targets`: functions on sets of keys, to see what a model learns.
+- `attending.probes.hallucination`: POPE and CHAIR, whether a vision-language model sees what is there.
 """
