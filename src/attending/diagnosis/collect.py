@@ -19,8 +19,9 @@ from attending.diagnosis.problems import (
 )
 from attending.diagnosis.record import HiddenRecord, LayerRecord
 from attending.diagnosis.tokens import TokenReader, decoder_padding, encoder_of, key_ids
-from attending.probes.hidden import outermost, watch_blocks
+from attending.probes.hidden import watch_blocks
 from attending.taps import AttentionCall, Proceed, tap
+from attending.taps.blocks import outermost
 from attending.taps.where import layer_of
 
 PREVIEW = 48  # tokens of the first sequence that are shown

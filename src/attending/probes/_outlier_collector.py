@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attending.core.statistics import column_mass
-from attending.probes.hidden import outermost
 from attending.probes.outlier_report import (
     ActivationRecord,
     AttentionRecord,
@@ -22,6 +21,7 @@ from attending.probes.outlier_report import (
 from attending.probes.outlier_rules import Criterion, activation_outliers, attention_outliers
 from attending.probes.running import first_tensor
 from attending.taps import AttentionCall, Proceed
+from attending.taps.blocks import outermost
 
 TOP = 3  # largest magnitudes that are shown of a place, as in the official code
 LAYER_SHARE = 0.25  # LLM.int8: an outlier feature is one in this share of the layers

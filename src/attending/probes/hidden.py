@@ -7,7 +7,6 @@ how far the largest value of such an output is out. How alike its tokens have be
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-BlockHandler = Callable[[str, Float[Tensor, "batch tokens dim"]], None]
+from attending.taps.blocks import blocks_of
 
-_ATTENTION = re.compile("Attention|Attn")
+BlockHandler = Callable[[str, Float[Tensor, "batch tokens dim"]], None]
 
 
 class Extremes(NamedTuple):
@@ -36,28 +35,6 @@ class Extremes(NamedTuple):
     channel: int
     median: float
     mean: float
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model: entries of a ModuleList or Sequential that hold attention.
-
-    Blocks in blocks are all there (the stages of a UNet and the transformer blocks in them, the
-    layers of a T5 and their parts), outer ones first. See `outermost`.
-    """
-    containers = nn.ModuleList | nn.Sequential
-    names = {
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if isinstance(module, containers)
-        for child, _ in module.named_children()
-    }
-    return {
-        name: module for name, module in model.named_modules() if name in names and _attends(module)
-    }
-
-
-def _attends(module: nn.Module) -> bool:
-    return any(_ATTENTION.search(type(part).__name__) for part in module.modules())
 
 
 def hidden_states(output: Any) -> Float[Tensor, "batch tokens dim"] | None:
@@ -100,16 +77,6 @@ def watch_blocks(model: nn.Module, handler: BlockHandler) -> Iterator[None]:
         for name, block in blocks_of(model).items():
             cleanup.callback(block.register_forward_hook(hook(name)).remove)
         yield
-
-
-def outermost(names: list[str]) -> list[str]:
-    """The names that lie in no other of the names: of `a.0` and `a.0.layer.1`, the first."""
-    given = set(names)
-    return [
-        name
-        for name in names
-        if not any(name[:end] in given for end, sign in enumerate(name) if sign == ".")
-    ]
 
 
 def extremes(hidden: Float[Tensor, "tokens dim"], sample: int = 1 << 20) -> Extremes:

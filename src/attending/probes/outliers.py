@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attending.nn.linear import linear_layers
 from attending.probes._outlier_collector import Collector
-from attending.probes.hidden import blocks_of, outermost, watch_blocks
+from attending.probes.hidden import watch_blocks
 from attending.probes.outlier_report import OutlierReport, WeightRecord
 from attending.probes.outlier_rules import (
     Criterion,
@@ -32,6 +32,7 @@ from attending.probes.outlier_rules import (
 )
 from attending.probes.running import as_batches, evaluating, run_model
 from attending.taps import tap
+from attending.taps.blocks import blocks_of, outermost
 
 
 def find_outliers(
