@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from attending.monitor import AttentionMonitor
-from attending.probes.running import evaluating
+from attending.taps.running import evaluating
 
 VOCABULARY, BATCH, CONTEXT = 4096, 4, 512
 PLAIN, WATCHED = "without", "with the monitor"

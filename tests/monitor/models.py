@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attending as at
-from attending.probes.running import evaluating
+from attending.taps.running import evaluating
 
 VOCABULARY = 40
 

@@ -15,7 +15,7 @@ from attending.diagnosis.inputs import Forward, as_batches
 from attending.diagnosis.record import STATISTICS, Diagnosis
 from attending.diagnosis.thresholds import Thresholds
 from attending.diagnosis.tokens import TokenClasses, TokenReader
-from attending.probes.running import device_of, evaluating, run_model, to_device
+from attending.taps.running import device_of, evaluating, run_model, to_device
 
 # `max_probability` has no fused form and costs as much as an eager map, so it is only on request.
 DEFAULT_STATISTICS = tuple(name for name in STATISTICS if name != "max_probability")

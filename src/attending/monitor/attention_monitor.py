@@ -18,8 +18,8 @@ from attending.monitor.layers import measure_layers
 from attending.monitor.limits import Alarm, AttentionWarning, Limits, alarms
 from attending.monitor.records import Measurement
 from attending.monitor.weights import attention_weights, check_patterns, measure_weights
-from attending.probes.running import device_of, evaluating, run_model, to_device
 from attending.taps.refusal import refuse_what_bypasses
+from attending.taps.running import device_of, evaluating, run_model, to_device
 
 if TYPE_CHECKING:
     import pandas

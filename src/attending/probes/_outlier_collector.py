@@ -19,9 +19,9 @@ from attending.probes.outlier_report import (
     WeightRecord,
 )
 from attending.probes.outlier_rules import Criterion, activation_outliers, attention_outliers
-from attending.probes.running import first_tensor
 from attending.taps import AttentionCall, Proceed
 from attending.taps.blocks import outermost
+from attending.taps.running import first_tensor
 
 TOP = 3  # largest magnitudes that are shown of a place, as in the official code
 LAYER_SHARE = 0.25  # LLM.int8: an outlier feature is one in this share of the layers

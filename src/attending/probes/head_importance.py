@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attending.probes.running import as_batches, evaluating, first_tensor, run_model
 from attending.taps import AttentionCall, Proceed, tap
+from attending.taps.running import as_batches, evaluating, first_tensor, run_model
 
 Loss = Callable[[Any, Any], Float[Tensor, ""]]
 

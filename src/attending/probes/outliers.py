@@ -30,9 +30,9 @@ from attending.probes.outlier_rules import (
     check_share,
     weight_outlier_ratios,
 )
-from attending.probes.running import as_batches, evaluating, run_model
 from attending.taps import tap
 from attending.taps.blocks import blocks_of, outermost
+from attending.taps.running import as_batches, evaluating, run_model
 
 
 def find_outliers(

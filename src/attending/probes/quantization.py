@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from attending.nn.linear import linear_layers
-from attending.probes.running import as_batches, evaluating
+from attending.taps.running import as_batches, evaluating
 
 Scheme = Literal["absmax_w8", "absmax_w8a8"]
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]

@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attending.core.statistics import received_features, row_summary
-from attending.probes.running import evaluating, run_model
 from attending.taps import AttentionCall, tap
+from attending.taps.running import evaluating, run_model
 
 Queries = int | Sequence[int] | Int[Tensor, " chosen"] | Int[Tensor, "batch chosen"]
 
