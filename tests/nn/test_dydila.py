@@ -230,3 +230,14 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         token_differential_linear_attention(
             tensor, tensor, tensor, tensor, tensor[:, :, :2], torch.ones(3), torch.ones(3)
         )
+
+
+def test_the_gradient_of_the_kernel_can_be_differentiated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("attending.nn.focused_attention.PIECE", 8)  # several pieces
+    torch.manual_seed(2)
+    vector = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    power = (1.5 + torch.rand(5, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(focused_kernel, (vector, power))
+    assert torch.autograd.gradgradcheck(focused_kernel, (vector, power))

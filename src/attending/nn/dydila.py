@@ -47,7 +47,13 @@ from attending.core.check import check_arguments
 from attending.nn._head_counts import check_head_counts
 from attending.nn.focused_attention import focused_kernel
 from attending.nn.hard_routing import RoutedProjection, RoutedScalar
-from attending.nn.linear_attention import linear_attention, visible_keys
+from attending.nn.linear_attention import (
+    LinearAttentionState,
+    linear_attention,
+    linear_state,
+    read_state,
+    visible_keys,
+)
 
 Normalize = Literal["none", "count", "sum"]
 
@@ -90,13 +96,23 @@ def token_differential_linear_attention(
                 f"{name}: expected {list(one.shape)} of {one.dtype}, got {list(other.shape)} of "
                 f"{other.dtype}."
             )
-    query = query - (query_weight[..., None] * other_query).to(query.dtype)
-    key = key - (key_weight[..., None] * other_key).to(key.dtype)
-    if normalize == "count":
-        visible = visible_keys(attn_mask, key)
-        count = float(max(key.shape[2], 1)) if visible is None else visible.sum(-1).clamp(min=1)
-        value = value / (count if isinstance(count, float) else count[..., None, None])
-    return linear_attention(query, key, value, attn_mask=attn_mask, normalize=normalize == "sum")
+    query = _difference(query, other_query, query_weight)
+    key = _difference(key, other_key, key_weight)
+    if normalize != "count":
+        return linear_attention(
+            query, key, value, attn_mask=attn_mask, normalize=normalize == "sum"
+        )
+    visible = visible_keys(attn_mask, key)
+    count = key.new_tensor(key.shape[2]) if visible is None else visible.sum(-1)[..., None, None]
+    state = linear_state(key, value, visible)
+    mean = LinearAttentionState(state.key_value / count.clamp(min=1), state.key_sum)
+    return read_state(mean, query, normalize=False)
+
+
+def _difference(one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype == one.dtype:
+        return torch.addcmul(one, weight[..., None], other, value=-1.0)
+    return one - (weight[..., None] * other).to(one.dtype)
 
 
 class DyDiLA(nn.Module):

@@ -12,12 +12,18 @@ Source: Han et al., "FLatten Transformer" (2308.00442), with p = 3; the kernel o
 (2601.13683), `attending.nn.dydila`, is the same with a power for each token.
 """
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attending.nn._causal_sum import accumulation_dtype
 from attending.nn.linear_attention import linear_attention
+
+PIECE = 2**17  # numbers that the kernel works on at a time
 
 
 def focused_kernel(
@@ -53,16 +59,97 @@ def focused_kernel(
             f"that of features without the last dimension, got {list(power.shape)}."
         )
     dtype = accumulation_dtype(features.dtype)
-    positive = features.to(dtype).relu()
-    present = positive > 0
-    top = positive.amax(-1, keepdim=True)
-    # The kernel does not change with the scale before the power, so the top may count as constant.
-    relative = positive / torch.where(top > 0, top, torch.ones_like(top)).detach()
-    raised = torch.where(present, relative, torch.ones_like(relative)) ** power.to(dtype)[..., None]
-    raised = raised.masked_fill(~present, 0.0)
-    direction: Tensor = torch.nn.functional.normalize(raised, dim=-1, eps=torch.finfo(dtype).tiny)
-    length: Tensor = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
-    return (length * direction).to(features.dtype)
+    output: Tensor = _Focused.apply(  # type: ignore[no-untyped-call]
+        features.to(dtype), power.to(dtype)[..., None]
+    )
+    return output.to(features.dtype)
+
+
+class _Focused(torch.autograd.Function):
+    """The kernel in float32 or float64, in pieces that stay in the cache.
+
+    With r = relu(z), `w = (r / max r)^p` and its unit vector n, the output is `y = |r| n`. For a
+    gradient g of y, with `c = g . n`,
+
+        grad z = p (g - c n) y / r + c r / |r|     where r > 0, and 0 elsewhere
+        grad p = (g - c n) . (y log r)
+
+    The divisor max r is in neither: the kernel does not change with the scale before the power.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, power: Tensor) -> Tensor:
+        output = torch.empty_like(features, memory_format=torch.contiguous_format)
+        for rows in _pieces(features, power, output):
+            _focus(*rows)
+        ctx.save_for_backward(features, power, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        features, power, output = ctx.saved_tensors
+        if torch.is_grad_enabled():  # someone differentiates the gradient: keep its graph
+            grad_features, grad_power = _gradients(features, power, output, grad, True)
+        else:
+            grad_features = torch.empty_like(output)
+            grad_power = output.new_empty(*output.shape[:-1], 1)
+            wanted = ctx.needs_input_grad[1]
+            parts = _pieces(features, power, output, grad, grad_features, grad_power)
+            for *rows, into_features, into_power in parts:
+                of_features, of_power = _gradients(*rows, wanted)  # type: ignore[call-arg]
+                into_features.copy_(of_features)
+                if of_power is not None:
+                    into_power.copy_(of_power)
+        needs_features, needs_power = ctx.needs_input_grad
+        return (
+            grad_features if needs_features else None,
+            grad_power.sum_to_size(power.shape) if needs_power and grad_power is not None else None,
+        )
+
+
+def _pieces(features: Tensor, power: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All of `[..., n]` as rows, so many at a time that a few tensors of them fit into the cache."""
+    rows, dim = features.shape[:-1].numel(), features.shape[-1]
+    if rows * dim == 0:
+        return
+    flat = [one.reshape(rows, one.shape[-1]) for one in (features, *others)]
+    powers = power.reshape(1, 1) if power.numel() == 1 else None
+    if powers is None:
+        flat.insert(1, power.expand(*features.shape[:-1], 1).reshape(rows, 1))
+    step = max(1, PIECE // dim)
+    for parts in zip(*(one.split(step) for one in flat), strict=True):
+        yield parts if powers is None else (parts[0], powers, *parts[1:])
+
+
+def _gradients(
+    features: Tensor, power: Tensor, output: Tensor, grad: Tensor, of_power: bool
+) -> tuple[Tensor, Tensor | None]:
+    positive = features.relu()
+    length = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
+    inverse = length.clamp(min=torch.finfo(length.dtype).tiny).reciprocal()
+    along = (grad * output).sum(-1, keepdim=True) * inverse * inverse
+    across = torch.addcmul(grad, along, output, value=-1.0) * output
+    positive = positive.masked_fill(features <= 0, 1.0)
+    grad_features = torch.addcmul(power * across / positive, along, positive)
+    grad_features = torch.ops.aten.threshold_backward(grad_features, features, 0.0)
+    if not of_power:
+        return grad_features, None
+    return grad_features, (across * positive.log()).sum(-1, keepdim=True)
+
+
+def _focus(features: Tensor, power: Tensor, output: Tensor) -> None:
+    """Write the kernel of some vectors into `output`, in few passes and no new memory but one."""
+    length = torch.linalg.vector_norm(features.relu(), dim=-1, keepdim=True)
+    top = features.amax(-1, keepdim=True).clamp_(min=0.0).log_()
+    top.masked_fill_(top == -math.inf, 0.0)
+    # Logarithms of zeros and exponentials of -inf take many times longer than those of numbers. So
+    # negative coordinates go along as positive ones, and are cut off at the end as relu's gradient
+    # does it: where the features are not above 0.
+    raised = features.abs().log_().sub_(top).clamp_(max=0.0).mul_(power).exp_()
+    raised = torch.ops.aten.threshold_backward(raised, features, 0.0)
+    # The largest coordinate is 1 now, so that the norm is at least 1 unless all are 0.
+    norm = torch.linalg.vector_norm(raised, dim=-1, keepdim=True).clamp_(min=1.0)
+    torch.mul(raised, length.div_(norm), out=output)
 
 
 def focused_linear_attention(
