@@ -89,14 +89,14 @@ class _Focused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         features, power, output = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates the gradient: keep its graph
-            grad_features, grad_power = _gradients(features, power, output, grad, True)
+            grad_features, grad_power = _gradients(True, features, power, output, grad)
         else:
             grad_features = torch.empty_like(output)
             grad_power = output.new_empty(*output.shape[:-1], 1)
             wanted = ctx.needs_input_grad[1]
             parts = _pieces(features, power, output, grad, grad_features, grad_power)
             for *rows, into_features, into_power in parts:
-                of_features, of_power = _gradients(*rows, wanted)  # type: ignore[call-arg]
+                of_features, of_power = _gradients(wanted, *rows)
                 into_features.copy_(of_features)
                 if of_power is not None:
                     into_power.copy_(of_power)
@@ -108,7 +108,7 @@ class _Focused(torch.autograd.Function):
 
 
 def _pieces(features: Tensor, power: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of `[..., n]` as rows, so many at a time that a few tensors of them fit into the cache."""
+    """All of `[..., n]` as rows, so many at a time that a few such tensors fit into the cache."""
     rows, dim = features.shape[:-1].numel(), features.shape[-1]
     if rows * dim == 0:
         return
@@ -122,7 +122,7 @@ def _pieces(features: Tensor, power: Tensor, *others: Tensor) -> Iterator[tuple[
 
 
 def _gradients(
-    features: Tensor, power: Tensor, output: Tensor, grad: Tensor, of_power: bool
+    of_power: bool, features: Tensor, power: Tensor, output: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     positive = features.relu()
     length = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
