@@ -327,6 +327,15 @@ def test_hidden_statistics() -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+    shifted, before = hidden + 3, hidden + 3
+    torch.testing.assert_close(
+        statistics.effective_rank(shifted, center=True).double(),
+        reference.effective_rank(hidden - hidden.mean(-2, keepdim=True)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert torch.equal(shifted, before)
+    assert statistics.effective_rank(torch.ones(4, 3), center=True).item() == 0
     assert statistics.effective_rank(torch.eye(5)).item() == pytest.approx(5)
     assert statistics.effective_rank(torch.full((6, 6), 1 / 6)).item() == pytest.approx(1, abs=1e-3)
     assert statistics.effective_rank(torch.zeros(4, 4)).item() == 0

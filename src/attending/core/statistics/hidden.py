@@ -11,15 +11,25 @@ from attending.core.precision import full_precision
 
 
 @full_precision
-def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
+def effective_rank(
+    matrix: Float[Tensor, "*batch rows columns"], *, center: bool = False
+) -> Float[Tensor, "*batch"]:
     """`exp(-sum_k q_k log q_k)` with q the singular values over their sum (Roy and Vetterli 2007).
 
     How many directions a matrix uses, in [1, min(rows, columns)]; 0 for a matrix of zeros. Of
     hidden states `[tokens, dim]` it falls towards 1 as tokens become alike. Computed at least in
-    float32; differentiable where the singular values are distinct.
+    float32; differentiable where the singular values are distinct. The matrix is not written to.
+
+    Args:
+        matrix: rows are tokens.
+        center: first subtract the mean of each column, so that what all tokens share does not
+            count. AgilePruner's code does, its equations do not.
     """
     _check_matrix("matrix", matrix)
-    singular = torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if center:
+        matrix = matrix - matrix.mean(-2, keepdim=True)
+    singular = torch.linalg.svdvals(matrix)
     total = singular.sum(-1, keepdim=True)
     zero = total == 0
     share = singular / total.masked_fill(zero, 1.0)
