@@ -248,7 +248,11 @@ def map_rows(
     scale: float,
     **tensors: Tensor,
 ) -> list[tuple[Tensor, ...]]:
-    """Call `function(scores, **tensors)` on blocks of rows of the scores, in bounded memory."""
+    """Call `function(scores, **tensors)` on blocks of rows of the scores, in bounded memory.
+
+    The tensors are per key, `[batch, kv_heads, keys, ...]`. Under `is_causal` a block has only the
+    keys that its rows can see.
+    """
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     step = max(1, CHUNK_BYTES // (4 * batch * heads * max(keys, 1)))
@@ -256,20 +260,25 @@ def map_rows(
     def block(
         start: int, query: Tensor, key: Tensor, bias: Tensor | None, rest: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        return function(_scores(start, query, key, bias, is_causal, scale), **rest)
+        return function(row_scores(start, query, key, bias, is_causal, scale), **rest)
 
     results = []
     for start in range(0, queries, step):
-        rows = query[:, :, start : start + step]
+        rows, seen = query[:, :, start : start + step], key
         part = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + step]
+        rest = tensors
+        if is_causal and start + step < keys:
+            last = start + step
+            seen, rest = key[:, :, :last], {name: one[:, :, :last] for name, one in tensors.items()}
+            part = part if part is None or part.shape[3] == 1 else part[..., :last]
         if torch.is_grad_enabled():
-            results.append(checkpoint(block, start, rows, key, part, tensors, use_reentrant=False))
+            results.append(checkpoint(block, start, rows, seen, part, rest, use_reentrant=False))
         else:
-            results.append(block(start, rows, key, part, tensors))
+            results.append(block(start, rows, seen, part, rest))
     return results
 
 
-def _scores(
+def row_scores(
     start: int, query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     """Rows `start, start + 1, ...` of the scaled and biased scores, at least in float32."""
