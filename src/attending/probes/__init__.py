@@ -12,7 +12,7 @@ Each probe is a module; import the one you need.
 - `attending.probes.cls_attention`: the patches that a vision tower's class token looks at, and the
   outliers among them; `attending.probes.patch_watch`: the same from a model while it runs.
 - `attending.probes.set_targets`: functions on sets of keys, to see what a model learns.
-- `attending.probes.hallucination`: POPE and CHAIR, objects that a model sees and that are not there.
+- `attending.probes.hallucination`: POPE and CHAIR, whether a model sees what is not there.
 - `attending.probes.text`: repetition and diversity of texts.
 - `attending.probes.continuations`: coherence and greedy ratio of what a model wrote.
 - `attending.probes.mauve`: how far texts of a model are from texts of people.
