@@ -102,8 +102,8 @@ def score_continuations(
     Args:
         model: `model(input_ids=..., attention_mask=..., use_cache=False).logits`.
         prompts: token ids [tokens], without padding.
-        continuations: token ids [tokens], one for each prompt, of the same tokenizer. Cut what comes after
-            the end of the text; the end token itself is a token like any other.
+        continuations: token ids [tokens], one for each prompt, of the same tokenizer. Cut what
+            comes after the end of the text; the end token itself is a token like any other.
         bos_token_id: set before each prompt, as the papers do; None if the prompt has it already,
             or the model was not trained with one.
         batch_size: how many texts at a time.
