@@ -49,6 +49,11 @@ class AttentionCall:
             reached attention.
         recomputed: True where gradient checkpointing runs a call once more during backward; the
             other attributes are those of the first time.
+        cache: the KV cache that the module was given, as models of transformers pass it down; None
+            if there was none. The steps of one generation have the same object, so what was found
+            in a prompt can be kept under it.
+        inner: how many handlers the call will pass through after this one. 0 for the innermost,
+            whose `proceed` is the function itself.
         module: the module named by `name`.
     """
 
@@ -66,6 +71,8 @@ class AttentionCall:
     index: int = 0
     forward: int = 0
     recomputed: bool = False
+    cache: Any = None
+    inner: int = 0
     module: nn.Module
 
     @property
@@ -124,6 +131,7 @@ class Site:
     index: int
     forward: int
     recomputed: bool = False
+    cache: Any = None
 
 
 class Link(NamedTuple):
@@ -133,6 +141,7 @@ class Link(NamedTuple):
     site: Site
     older: Sequence[object] = ()  # the checkpointed regions that were open when the tap began
     changes: bool = True  # False of a recording, which a second run can do without
+    inner: int = 0  # how many there are further in; in a second run, how many there were
 
 
 def bind(
@@ -175,7 +184,9 @@ def run(links: Sequence[Link], arguments: dict[str, Any]) -> Tensor:
             raise TypeError(f"proceed takes an AttentionCall, got {type(call).__name__}")
         if position == len(links):
             return attend(call)
-        handler, site = links[position][:2]
+        handler, site, inner = links[position].handler, links[position].site, links[position].inner
+        if call.inner != inner:
+            call = replace(call, inner=inner)
         if position and site != links[position - 1].site:  # the tap of another model, or a part
             call = replace(call, **vars(site))
         output = handler(call, lambda changed: step(position + 1, changed))

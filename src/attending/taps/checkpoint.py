@@ -71,8 +71,12 @@ class Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             arguments = bind(*args, **kwargs)
-            opened = (tap.link(arguments["key"]) for tap in self.taps)
-            links = [*next(self._chains, ()), *(link for link in opened if link)]
+            opened = [link for tap in self.taps if (link := tap.link(arguments["key"]))]
+            numbered = (
+                link._replace(inner=inner)
+                for link, inner in zip(opened, reversed(range(len(opened))), strict=True)
+            )
+            links = [*next(self._chains, ()), *numbered]
             _remember(links)
             return run(links, arguments)
         # It makes its attention call further in, so the mode has to be on there. (A subclass of
@@ -143,7 +147,7 @@ def _remember(links: Sequence[Link]) -> None:
         # no tap is remembered too, so that the others keep their places.
         again.chains.append(
             [
-                Link(link.handler, replace(link.site, recomputed=True))
+                Link(link.handler, replace(link.site, recomputed=True), inner=link.inner)
                 for link in links
                 if link.changes and not any(region is older for older in link.older)
             ]

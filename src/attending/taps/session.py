@@ -19,7 +19,7 @@ from attending.taps.refusal import (
     why_missed,
     why_no_call,
 )
-from attending.taps.where import Running, is_cross, places
+from attending.taps.where import Running, cache_of, is_cross, places
 
 Yielded = TypeVar("Yielded", list[AttentionCall], None)
 
@@ -197,7 +197,8 @@ class _Session:
             running.reached = True
         module, place = self.stack[-1].module, self.stack[-1].place
         cross = is_cross(self.stack, key)
-        site = Site(place.name, place.layer, module, cross, self.index, self.forward)
+        cache = cache_of(self.stack)
+        site = Site(place.name, place.layer, module, cross, self.index, self.forward, cache=cache)
         return Link(self.handler, site, self.older, changes=self.calls is None)
 
     def _record(self, call: AttentionCall, proceed: Proceed) -> Tensor:

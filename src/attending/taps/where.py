@@ -17,7 +17,7 @@ Without an answer it is self-attention.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,7 @@ SOURCES = (
     "encoder_states",
     "context",
 )
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 ATTENTION = re.compile("Attention|Attn")  # in the name of a class
 _CROSS = re.compile(r"cross|encoder_?attn|encoder_?attention|enc_?dec|^attn2$", re.IGNORECASE)
 _SELF = re.compile(r"self_?att|^attn1$", re.IGNORECASE)
@@ -102,7 +103,7 @@ def is_cross(stack: Sequence[Running], key: Tensor) -> bool:
     for running in reversed(stack):
         if running is not stack[-1] and not running.place.attends:
             break
-        arguments = _arguments(running)
+        arguments = arguments_of(running.module, running.args, running.kwargs)
         own = arguments.get("hidden_states", running.args[0] if running.args else None)
         for name in SOURCES:
             source = arguments.get(name)
@@ -116,6 +117,21 @@ def is_cross(stack: Sequence[Running], key: Tensor) -> bool:
         if isinstance(running.module, nn.MultiheadAttention):
             return arguments.get("query") is not arguments.get("key")
     return False
+
+
+def cache_of(stack: Sequence[Running]) -> object:
+    """The KV cache that the innermost of the running modules was given, None if it was given none.
+
+    Args:
+        stack: what runs, outermost first. Modules around the innermost are asked too, as the code
+            of an attention module may be in a part of its own.
+    """
+    for running in reversed(stack):
+        arguments = arguments_of(running.module, running.args, running.kwargs)
+        for name in CACHES:
+            if arguments.get(name) is not None:
+                return arguments[name]
+    return None
 
 
 def _hint(module: nn.Module, name: str) -> bool | None:
@@ -132,9 +148,12 @@ def _hint(module: nn.Module, name: str) -> bool | None:
     return None
 
 
-def _arguments(running: Running) -> dict[str, Any]:
-    names = _parameters(type(running.module).forward)
-    return dict(zip(names, running.args, strict=False)) | running.kwargs
+def arguments_of(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a module's forward by name, however they were passed."""
+    names = _parameters(type(module).forward)
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 @lru_cache(maxsize=1024)
