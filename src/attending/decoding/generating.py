@@ -1,0 +1,89 @@
+"""How a generation strategy takes hold of a model: its `generate`, for as long as a block runs.
+
+`generate` of the one model is wrapped, as an attribute of the instance, and the wrapper goes with
+the block. Nothing else is touched: no class, no config, no hook. So code that calls
+`model.generate`, such as pipelines of transformers, is reached; code that calls
+`type(model).generate(model)` is not. Blocks nest: the inner one is asked first and calls the outer
+one, which calls the model.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Generate = Callable[..., Any]
+Change = Callable[[Generate, dict[str, Any]], Any]
+"""`change(generate, arguments)`: what happens instead of `generate(**arguments)`."""
+
+
+@contextmanager
+def changed_generate(model: nn.Module, change: Change) -> Iterator[None]:
+    """A block in which `model.generate(...)` does `change(generate, arguments)`.
+
+    Args:
+        model: one that generates, as those of transformers do.
+        change: gets the `generate` that it stands in for and all arguments of the call by name
+            (positional ones too), and returns the result. It calls `generate` once, more often, or
+            not at all.
+
+    Raises:
+        ValueError: if the model has no `generate`.
+        RuntimeError: on exit, if another block that was entered later is still open.
+    """
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise ValueError(
+            f"model: expected one with generate(), as those of transformers that write text, got "
+            f"{type(model).__name__}."
+        )
+    missing = object()
+    before = vars(model).get("generate", missing)
+    signature = inspect.signature(generate)
+
+    @functools.wraps(generate)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return change(generate, _by_name(signature, args, kwargs))
+
+    # An attribute of the instance, which hides the method of the class.
+    object.__setattr__(model, "generate", changed)
+    try:
+        yield
+    finally:
+        if vars(model).get("generate") is not changed:
+            raise RuntimeError(
+                "model: generate() was changed within the block and not changed back. Leave "
+                "blocks in the reverse order of entering them."
+            )
+        if before is missing:
+            object.__delattr__(model, "generate")
+        else:
+            object.__setattr__(model, "generate", before)
+
+
+def setting(arguments: dict[str, Any], model: nn.Module, name: str) -> Any:
+    """What a setting of generation will be in a call: its argument, else of the configs, or None.
+
+    Args:
+        arguments: of `generate`, by name.
+        model: whose `generation_config` holds if the call has none of its own.
+        name: such as "do_sample".
+    """
+    configs = (arguments.get("generation_config"), getattr(model, "generation_config", None))
+    for value in (arguments.get(name), *(getattr(config, name, None) for config in configs)):
+        if value is not None:
+            return value
+    return None
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+    return bound
