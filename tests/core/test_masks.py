@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attending.core.masks import hiding_bias, mask_parts, seen_keys, simplest_mask, visible_entries
+from attending.core.masks import (
+    hiding_bias,
+    key_counts,
+    mask_parts,
+    seen_keys,
+    simplest_mask,
+    visible_entries,
+)
 
 
 def as_float(mask: Tensor, lowest: bool) -> Tensor:
@@ -81,3 +88,20 @@ def test_a_bias_is_no_mask():
     hidden = hiding_bias(lowest)
     assert hidden is not None
     assert (hidden == -torch.inf).sum() == 6
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_key_counts(is_causal: bool) -> None:
+    mask = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+    past = torch.ones(5, 7, dtype=torch.bool).tril() if is_causal else torch.tensor(True)
+    expected = (mask & past).sum(-1)
+    assert torch.equal(key_counts(mask, is_causal, 5, 7), expected)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert torch.equal(key_counts(bias, is_causal, 5, 7), expected)
+    rows = key_counts(mask[:, :, :1], is_causal, 5, 7)
+    assert torch.equal(rows, (mask[:, :, :1] & past).expand(2, 1, 5, 7).sum(-1))
+    assert torch.equal(
+        key_counts(None, is_causal, 5, 3).flatten(),
+        torch.tensor([1, 2, 3, 3, 3] if is_causal else [3] * 5),
+    )
+    assert key_counts(mask[..., :1], False, 5, 7).max() == 7

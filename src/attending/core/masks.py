@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -54,6 +54,31 @@ def hiding_bias(bias: Tensor | None) -> Tensor | None:
 def seen_keys(mask: Tensor, batch: int, keys: int) -> Bool[Tensor, "batch keys"]:
     """Which keys some query of their sequence sees; the others are padding."""
     return visible_entries(mask).flatten(1, 2).any(1).expand(batch, keys)
+
+
+def key_counts(
+    mask: Tensor | None,
+    is_causal: bool,
+    queries: int,
+    keys: int,
+    device: torch.device | str | None = None,
+) -> Int[Tensor, "#batch #heads queries"]:
+    """How many keys each query sees, with dimensions of size 1 where all are alike.
+
+    Args:
+        mask: boolean or float, of 4 dimensions that broadcast to `[batch, heads, queries, keys]`.
+        is_causal: query i sees keys 0..i of those, as in `scaled_dot_product_attention`.
+        queries, keys: the size of the map.
+        device: of the result where there is no mask.
+    """
+    if mask is None:
+        rows = torch.arange(1, queries + 1, device=device).clamp_max(keys)
+        return (rows if is_causal else torch.full_like(rows, keys))[None, None]
+    visible = visible_entries(mask).expand(*mask.shape[:3], keys)
+    if is_causal:
+        visible = visible.expand(*mask.shape[:2], queries, keys).tril()
+    counts = visible.sum(-1)
+    return counts.expand(*counts.shape[:2], queries)
 
 
 def simplest_mask(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, bool]:
