@@ -18,9 +18,8 @@ def language_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
-    if not isinstance(decoder, nn.Module):
-        decoder = model
+    get_decoder: object = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), None)
     if prefix is None:
         raise ValueError(
