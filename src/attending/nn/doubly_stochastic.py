@@ -18,6 +18,8 @@ from attending.core.check import check_arguments
 from attending.core.kernels import map_rows, weigh
 from attending.core.masks import hiding_bias
 from attending.core.state import attend
+from attending.core.statistics._call import prepare
+from attending.core.statistics.bounds import centred_squares
 from attending.nn._head_counts import check_head_counts
 from attending.nn.birkhoff import birkhoff_projection, orthostochastic
 from attending.nn.normalizers import Normalizer, Statistic, check_norm_softmax, spread_divisor
@@ -118,8 +120,9 @@ def norm_softmax_attention(
 
     See `attending.nn.normalizers.norm_softmax`. Rows sum to one, columns do not, so it may be
     causal. The temperature goes to the query, before a fused kernel. The variance of the scores of
-    a query is `query^T C query` with the covariance C of the keys; where a mask gives each query
-    its own keys, and under `is_causal`, the scores are computed for it, in blocks of rows.
+    a query is `query^T C query` with the covariance C of the keys (those before a block of rows,
+    under `is_causal`); where a mask gives each query its own keys, the scores are computed for it,
+    in blocks of rows.
 
     Args:
         query, key, value, is_causal, enable_gqa: as in `scaled_dot_product_attention`.
@@ -146,6 +149,8 @@ def norm_softmax_attention(
     with torch.autocast(query.device.type, enabled=False):
         if not is_causal and (bias is None or bias.shape[1:3] == (1, 1)):
             squares, count, rounding = _spread_over_keys(wide[0], wide[1], bias)
+        elif bias is None:
+            squares, count, rounding = _spread_over_earlier_keys(wide[0], wide[1])
         else:
             squares, count, rounding = (
                 torch.cat(parts, 2)
@@ -179,11 +184,23 @@ def _spread_over_keys(
     groups = query.shape[1] // key.shape[1]
     covariance = (centred.mT @ centred).repeat_interleave(groups, 1)
     squares = ((query @ covariance) * query).sum(-1, keepdim=True).clamp_min(0.0)
-    with torch.no_grad():
-        longest = key.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
-        rounding = _ROUNDING * torch.finfo(key.dtype).eps * query.norm(dim=-1, keepdim=True)
-        rounding = rounding * longest.repeat_interleave(groups, 1)
-    return squares, count, rounding
+    return squares, count, _rounding(query, key)
+
+
+def _spread_over_earlier_keys(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, where query i sees keys 0..i."""
+    call = prepare(query, key, None, True, 1.0, True)
+    squares = centred_squares(call)[..., None].to(query.dtype)
+    seen = torch.arange(1, query.shape[2] + 1, dtype=query.dtype, device=query.device)
+    return squares, seen.clamp_max(key.shape[2])[:, None], _rounding(query, key)
+
+
+@torch.no_grad()
+def _rounding(query: Tensor, key: Tensor) -> Tensor:
+    """How exact a score is: a bound from the lengths of the query and of the longest key."""
+    longest = key.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
+    rounding = _ROUNDING * torch.finfo(key.dtype).eps * query.norm(dim=-1, keepdim=True)
+    return rounding * longest.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
 
 def _spread_of_rows(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,8 +183,16 @@ def centred_logit_norm(
             _norm_of_scores, call.query, call.key, call.bias, call.is_causal, call.scale
         )
         return torch.cat([rows for (rows,) in blocks], 2)
-    squares = _squares_causal(call) if is_causal else _squares(call)
-    return _root(squares).flatten(1, 2).to(call.query.dtype)
+    return _root(centred_squares(call)).to(call.query.dtype)
+
+
+def centred_squares(call: Call) -> Float[Tensor, "batch heads queries"]:
+    """`sum_j (s[i, j] - mean_j s[i, j])^2` over the keys that each query sees, in float64.
+
+    For calls without a bias per pair, or per query head of a group; see `score_norm`.
+    """
+    squares = _squares_causal(call) if call.is_causal else _squares(call)
+    return squares.flatten(1, 2)
 
 
 def _norm_of_scores(scores: Tensor) -> tuple[Tensor]:
