@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from attending.probes import running
+from attending.taps import running
 
 Forward = Callable[[nn.Module, Any], Any]
 
