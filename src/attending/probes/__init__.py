@@ -5,6 +5,7 @@ Each probe is a module; import the one you need.
 - `attending.probes.rollout`: which input tokens an output token comes from, through all layers.
 - `attending.probes.head_importance`: which heads the loss depends on.
 - `attending.probes.map_indicators`: spread, sink, locality and head diversity of given maps.
+- `attending.probes.entropy_curve`: entropy against the number of keys, layer by layer.
 - `attending.probes.hidden`: the hidden states from block to block.
 - `attending.probes.outliers`: systematic outliers of activations, weights and attention.
 - `attending.probes.dependency_tree`: trees of parts from the maps of reversed attention.
