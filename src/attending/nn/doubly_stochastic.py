@@ -200,7 +200,8 @@ def _rounding(query: Tensor, key: Tensor) -> Tensor:
     """How exact a score is: a bound from the lengths of the query and of the longest key."""
     longest = key.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
     rounding = _ROUNDING * torch.finfo(key.dtype).eps * query.norm(dim=-1, keepdim=True)
-    return rounding * longest.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    bound: Tensor = rounding * longest.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return bound
 
 
 def _spread_of_rows(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
