@@ -171,7 +171,7 @@ def move_mass(masses: Masses, take: Mapping[int, float], give: Sequence[int]) ->
     gain = torch.where(able, freed / getting.where(able, torch.ones_like(getting)), 0.0)
     factors = torch.ones_like(masses)
     for group, share in take.items():
-        factors[group] = torch.where(able, 1.0 - share, 1.0)
+        factors[group] = 1.0 - share * able.to(masses)
     for group in give:
         factors[group] = 1.0 + gain
     return masses * factors
