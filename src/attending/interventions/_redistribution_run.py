@@ -167,7 +167,7 @@ class _Work:
             if threading.get_ident() != self.thread:
                 return
             self.sequences.belongs_to(cache_of(kwargs))
-            hidden = hidden_argument(args, kwargs)
+            hidden = hidden_argument(args, kwargs).detach()
             self._mark(number, self._present(), sink_value(hidden, self._dimensions()), hidden)
 
         return find
@@ -285,8 +285,4 @@ class _Work:
 def _fit(mask: Tensor, keys: int) -> Bool[Tensor, "batch keys"]:
     """The keys of a call: a static cache has room for more, one with a window has the last ones."""
     known = mask.shape[1]
-    return (
-        mask[:, known - keys :]
-        if keys < known
-        else torch.nn.functional.pad(mask, (0, keys - known))
-    )
+    return mask[:, known - keys :] if keys < known else pad(mask, (0, keys - known))

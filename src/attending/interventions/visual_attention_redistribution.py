@@ -44,7 +44,7 @@ vision-centric ones (as readers of the paper report; likewise the paper's `move_
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,7 +138,7 @@ class VisualAttentionRedistribution:
         rho: float = 0.5,
         summ: float = 0.2,
         p: float = 0.6,
-    ) -> Self:
+    ) -> "VisualAttentionRedistribution":
         """The method by the names and meanings of the official configuration.
 
         Args:
@@ -157,7 +157,9 @@ class VisualAttentionRedistribution:
             convention="official-code",
         )
 
-    def calibrate(self, model: nn.Module, inputs: Mapping[str, Any], k: int = 2) -> Self:
+    def calibrate(
+        self, model: nn.Module, inputs: Mapping[str, Any], k: int = 2
+    ) -> "VisualAttentionRedistribution":
         """The same with the sink channels of a model, by `find_sink_dimensions`."""
         return replace(self, sink_dimensions=find_sink_dimensions(model, inputs, k).dimensions)
 
