@@ -1,6 +1,8 @@
 """What a tap leaves behind: nothing, whatever raises, and whatever else runs at the same time."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -273,3 +275,21 @@ def test_inference_mode() -> None:
             assert torch.equal(model(x), plain)
     assert len(calls) == 2
     assert calls[0].query.is_inference()
+
+
+def test_the_tensors_of_a_call_are_free_when_it_is_done() -> None:
+    """No reference cycle holds them until the garbage collector comes by."""
+    model, held = Toy(), []
+
+    def watch(call: AttentionCall, proceed: Proceed) -> Tensor:
+        held.extend([weakref.ref(call), weakref.ref(call.query), weakref.ref(call.key)])
+        return proceed(call)
+
+    gc.disable()
+    try:
+        with torch.no_grad(), tap(model, watch), tap(model, identity):
+            model(hidden())
+        assert len(held) >= 3
+        assert all(one() is None for one in held)
+    finally:
+        gc.enable()

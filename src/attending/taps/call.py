@@ -179,22 +179,30 @@ def run(links: Sequence[Link], arguments: dict[str, Any]) -> Tensor:
         output = scaled_dot_product_attention(**arguments)
         return output.reshape(output.shape[0], -1, 1, output.shape[-1]) if group else output
 
-    def step(position: int, call: AttentionCall) -> Tensor:
-        if not isinstance(call, AttentionCall):
-            raise TypeError(f"proceed takes an AttentionCall, got {type(call).__name__}")
-        if position == len(links):
-            return attend(call)
-        handler, site, inner = links[position].handler, links[position].site, links[position].inner
-        if call.inner != inner:
-            call = replace(call, inner=inner)
-        if position and site != links[position - 1].site:  # the tap of another model, or a part
-            call = replace(call, **vars(site))
-        output = handler(call, lambda changed: step(position + 1, changed))
-        _check_output(output, handler, call)
-        return output
-
-    output = step(0, AttentionCall(**vars(links[0].site), **shown))
+    output = _pass(links, 0, attend, AttentionCall(**vars(links[0].site), **shown))
     return output.reshape(output.shape[0], -1, group, output.shape[-1]) if group else output
+
+
+def _pass(
+    links: Sequence[Link], position: int, attend: Callable[[AttentionCall], Tensor], call: Any
+) -> Tensor:
+    """The call through the handlers from a position on; `attend` is behind the last.
+
+    A function of the module, since a nested one that calls itself is a reference cycle: it would
+    keep the tensors of every call until the garbage collector comes by.
+    """
+    if not isinstance(call, AttentionCall):
+        raise TypeError(f"proceed takes an AttentionCall, got {type(call).__name__}")
+    if position == len(links):
+        return attend(call)
+    handler, site, inner = links[position].handler, links[position].site, links[position].inner
+    if call.inner != inner:
+        call = replace(call, inner=inner)
+    if position and site != links[position - 1].site:  # the tap of another model, or a part
+        call = replace(call, **vars(site))
+    output = handler(call, lambda changed: _pass(links, position + 1, attend, changed))
+    _check_output(output, handler, call)
+    return output
 
 
 def _check_output(output: object, handler: Handler, call: AttentionCall) -> None:
