@@ -12,7 +12,7 @@ JOBS ?= 2
 TORCH := 2.13.0
 
 BIN := .venv/bin
-SHAPELY := tests/core tests/nn tests/losses tests/probes
+SHAPELY := tests/core tests/nn tests/losses tests/probes tests/decoding
 # The environment variables hold packages to the constraints in which pip builds wheels, too.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -9,15 +9,84 @@ one, which calls the model.
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
 Generate = Callable[..., Any]
 Change = Callable[[Generate, dict[str, Any]], Any]
 """`change(generate, arguments)`: what happens instead of `generate(**arguments)`."""
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """What a strategy reports of a block."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Numbers worth printing, by name; `tokens` is how many it had a say in."""
+        ...
+
+
+CountsT = TypeVar("CountsT", bound=Counts)
+
+
+class DecodingWarning(UserWarning):
+    """A block of a strategy ended, and nothing had been generated in it."""
+
+
+class Generating(AbstractContextManager[CountsT], Generic[CountsT]):
+    """A block in which a model generates by a strategy; it yields what the strategy counts.
+
+    It may be entered again, also inside itself; every time it counts anew.
+
+    Args:
+        model: one that generates.
+        start: called on every entry; returns the counts and the change, which share the state.
+        name: of the strategy, for the warning.
+
+    Raises:
+        ValueError: if the model has no `generate`.
+
+    Warns:
+        DecodingWarning: on exit, if `stats["tokens"]` is 0.
+    """
+
+    def __init__(
+        self, model: nn.Module, start: Callable[[], tuple[CountsT, Change]], name: str
+    ) -> None:
+        _generate_of(model)
+        self.model = model
+        self._start = start
+        self._name = name
+        self._open: list[tuple[AbstractContextManager[None], CountsT]] = []
+
+    def __enter__(self) -> CountsT:
+        counts, change = self._start()
+        block = changed_generate(self.model, change)
+        block.__enter__()
+        self._open.append((block, counts))
+        return counts
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        block, counts = self._open.pop()
+        block.__exit__(kind, error, traceback)
+        if kind is None and not counts.stats["tokens"]:
+            warnings.warn(
+                f"{self._name} changed nothing: no token was generated within the block by "
+                f"generate() of this {type(self.model).__name__}.",
+                DecodingWarning,
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -34,12 +103,7 @@ def changed_generate(model: nn.Module, change: Change) -> Iterator[None]:
         ValueError: if the model has no `generate`.
         RuntimeError: on exit, if another block that was entered later is still open.
     """
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise ValueError(
-            f"model: expected one with generate(), as those of transformers that write text, got "
-            f"{type(model).__name__}."
-        )
+    generate = _generate_of(model)
     missing = object()
     before = vars(model).get("generate", missing)
     signature = inspect.signature(generate)
@@ -77,6 +141,16 @@ def setting(arguments: dict[str, Any], model: nn.Module, name: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def _generate_of(model: nn.Module) -> Generate:
+    generate: Generate | None = getattr(model, "generate", None)
+    if not callable(generate):
+        raise ValueError(
+            f"model: expected one with generate(), as those of transformers that write text, got "
+            f"{type(model).__name__}."
+        )
+    return generate
 
 
 def _by_name(
