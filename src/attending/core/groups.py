@@ -96,12 +96,13 @@ def group_states(
     arguments = check_arguments(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     scene = _Scene(query, key, value, arguments.bias, is_causal, arguments.scale)
     labels, count = check_groups(groups, scene.query, scene.key, num_groups)
+    if whole is not None:
+        _check_whole(whole, scene)
     if 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= CHUNK_BYTES:
         return _from_scores(scene, labels, count)
     parts = [_part(scene, labels == group) for group in range(1, count)]
     if whole is None:
         return (_part(scene, labels == 0), *parts)
-    _check_whole(whole, scene)
     return (_remainder(scene, labels == 0, whole, parts), *parts)
 
 
