@@ -48,6 +48,7 @@ TOP = max(FLOORS.values())
 # (room, room that it may import from), both on one floor, with the reason. Never both ways.
 NEIGHBOURS: set[tuple[str, str]] = {
     ("losses", "taps"),  # a loss on what a model computes inside has to see it
+    ("decoding", "probes"),  # DAMRO decodes against what a probe finds
 }
 
 CORE_MAY_IMPORT = {"jaxtyping", "torch"}
