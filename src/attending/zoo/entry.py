@@ -24,12 +24,14 @@ class ZooModel:
         card: Where the model is from, its licence and, for models trained by our recipes, data,
             figures and limits as the recipe measured them.
         name: The name it has in the zoo.
+        processor: For models that see: images and prompts to a batch of inputs; else ``None``.
     """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     card: dict[str, Any]
     name: str
+    processor: Any = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ never half of each.  No pickle, so a checkpoint from a stranger cannot run code.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -15,10 +15,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
+class Resumable(Protocol):
+    """An optimizer, or several that act as one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """With ``"state"``: for each parameter's number its tensors."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        ...
+
+
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Resumable,
     losses: list[float],
     state: dict[str, Any],
 ) -> None:
@@ -59,7 +71,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    path: Path, model: nn.Module, optimizer: Resumable | None = None
 ) -> list[float]:
     """Put a checkpoint's tensors back in place and return the losses so far."""
     moments: dict[int, dict[str, Tensor]] = {}

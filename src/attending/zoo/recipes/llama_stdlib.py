@@ -192,7 +192,7 @@ def train(
     """
     from transformers import PreTrainedTokenizerFast
 
-    from attending.zoo.recipes.llama_stdlib_export import write_weights
+    from attending.zoo.recipes.weights_folder import write_weights
 
     recipe = LlamaStdlibRecipe() if recipe is None else recipe
     out = Path(out_dir)

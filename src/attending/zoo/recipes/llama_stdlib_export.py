@@ -4,10 +4,6 @@ Every figure of the card is measured here, on the weights as they are stored; no
 hand.
 """
 
-import copy
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from attending.zoo.recipes.bits_per_byte import bits_per_byte, compression_basel
 from attending.zoo.recipes.byte_bpe import encode_document
 from attending.zoo.recipes.checkpoint import load_checkpoint, read_state
 from attending.zoo.recipes.stdlib_text import LICENSE, Document, read_documents, split
+from attending.zoo.recipes.weights_folder import write_weights
 
 TABLES = "encodings/"
 PROMPT = 'class Stack:\n    """A list of which only the last item is seen."""\n\n    def '
@@ -32,24 +29,6 @@ LIMITS = (
     "text as a rival that profits from repetition even more than a small model can.",
     "Meant for trying attention methods on a real model in seconds, not for use in products.",
 )
-
-
-def write_weights(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any]) -> None:
-    """Write a folder that ``from_pretrained`` loads, its weights in float16.
-
-    Files are prepared aside and moved in one by one, so that whoever reads the folder meanwhile
-    never meets half a file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as name:
-        aside = Path(name)
-        copy.deepcopy(model).to(torch.float16).save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        text = json.dumps(card, indent=1, ensure_ascii=False)
-        (aside / "card.json").write_text(text + "\n", encoding="utf-8")
-        for file in sorted(aside.iterdir()):
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(file, folder / file.name)
 
 
 def measure(
