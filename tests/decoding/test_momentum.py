@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from attending.decoding.generating import DecodingWarning
-from attending.decoding.momentum import (
-    RESISTANCES,
-    MomentumDecoding,
-    MomentumLogitsProcessor,
-    MomentumRun,
-)
+from attending.decoding.momentum import MomentumDecoding, MomentumLogitsProcessor, MomentumRun
+from attending.decoding.resistance import RESISTANCES
 from attending.decoding.walk import circular_depth
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "momentum-decoding"

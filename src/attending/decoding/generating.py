@@ -143,6 +143,22 @@ def setting(arguments: dict[str, Any], model: nn.Module, name: str) -> Any:
     return None
 
 
+def refuse_sampling(strategy: str, do_sample: bool | None, num_beams: int | None) -> None:
+    """Raise a ValueError for a `generate` that leaves a deterministic strategy no choice."""
+    if do_sample or (num_beams or 1) > 1:
+        raise ValueError(
+            f"do_sample, num_beams: expected neither, as {strategy} chooses every token itself, "
+            f"got do_sample={do_sample}, num_beams={num_beams}. Pass do_sample=False, num_beams=1."
+        )
+
+
+def refuse_sampling_call(strategy: str, arguments: dict[str, Any], model: nn.Module) -> None:
+    """As `refuse_sampling`, of a call: sampling only if the call itself asks for it."""
+    config = arguments.get("generation_config")
+    do_sample = arguments.get("do_sample", getattr(config, "do_sample", None))
+    refuse_sampling(strategy, do_sample, setting(arguments, model, "num_beams"))
+
+
 def _generate_of(model: nn.Module) -> Generate:
     generate: Generate | None = getattr(model, "generate", None)
     if not callable(generate):

@@ -16,12 +16,12 @@ go back. Like greedy search it is deterministic and costs one forward a token.
     model.generate(**batch, do_sample=False, logits_processor=[MomentumLogitsProcessor()])
 
 Source: Lan et al. 2212.02175 and its code. The default of that code's last commit is not the method
-of the paper but an ablation, "ngram4" below. Two things differ from it: a depth beyond the table
-counts as its last entry, not as infinite; and rows of a batch may have any padding.
+of the paper but an ablation, the resistance "ngram4". Two things differ from it: a depth beyond the
+table counts as its last entry, not as infinite; and rows of a batch may have any padding.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -31,28 +31,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from attending.decoding.generating import Generate, Generating, setting
+from attending.decoding.generating import (
+    Generate,
+    Generating,
+    refuse_sampling,
+    refuse_sampling_call,
+    setting,
+)
+from attending.decoding.resistance import Resistance, penalties
 from attending.decoding.walk import Walk
 
-RESISTANCES: Mapping[str, tuple[float, ...]] = {
-    "dec2022": (0, 1, 3, 4, 5, 5),
-    "first_commit": (0, 1, 3, 4, 5, 6),
-    "gpt2xl_head": (0, 1, 2, 3, 4, 5),
-    "chinese": (0, 1, 1, 2, 3, 4),
-    "ngram4": (0, 0, 0, 0, 5, math.inf),
-    "log": (0, *(5 * math.log(1 + depth, 6) for depth in range(1, 6))),
-    "exp": (0, *(1.5**depth / 2 for depth in range(1, 6))),
-    "constant": (0, 2, 2, 2, 2, 2),
-}
-"""The tables f(0), ..., f(5) of the official repository, by name; made for alpha = 0.2.
-
-"dec2022" is of the day of the paper, for GPT2-XL; "gpt2xl_head" a later one for that model;
-"chinese" for a Chinese model of 3.5 B parameters; "ngram4" blocks 4-grams and no more; "log", "exp"
-and "constant" are ablations. Where alpha * f is 1 or more, a token is taken only if no candidate is
-new, however small its probability.
-"""
-
-Resistance = str | tuple[float, ...]
 Mask = Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]
 
 
@@ -101,8 +89,8 @@ class MomentumLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     Args:
         alpha: the weight of the resistance; 0 is greedy search.
         top_k: k; 1 is greedy search.
-        resistance: f, a name in `RESISTANCES` or a table f(0), f(1), ...; `math.inf` forbids. A
-            depth beyond the table counts as its last entry.
+        resistance: f, a name in `attending.decoding.resistance.RESISTANCES`, or a table f(0),
+            f(1), ...; `math.inf` forbids. A depth beyond the table counts as its last entry.
         max_depth: S; the last depth of the table if None.
         ignore_prompt: only generated tokens are part of the walk. Not in the paper; for prompts
             with boilerplate, which make ordinary words old.
@@ -128,7 +116,7 @@ class MomentumLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         eos_token_id: int | Sequence[int] | None = None,
         run: MomentumRun | None = None,
     ) -> None:
-        self.penalties = _penalties(alpha, top_k, resistance, max_depth)
+        self.penalties = penalties(alpha, top_k, resistance, max_depth)
         self.top_k = top_k
         self.ignore_prompt = ignore_prompt
         self.attention_mask = attention_mask
@@ -248,7 +236,7 @@ class MomentumDecoding:
     ignore_prompt: bool = False
 
     def __post_init__(self) -> None:
-        _penalties(self.alpha, self.top_k, self.resistance, self.max_depth)
+        penalties(self.alpha, self.top_k, self.resistance, self.max_depth)
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[MomentumRun]:
         """The context manager within which `model.generate` decodes with momentum.
@@ -261,9 +249,7 @@ class MomentumDecoding:
             run = MomentumRun()
 
             def change(generate: Generate, arguments: dict[str, Any]) -> Any:
-                config = arguments.get("generation_config")
-                asked = arguments.get("do_sample", getattr(config, "do_sample", None))
-                _refuse(asked, setting(arguments, model, "num_beams"))
+                refuse_sampling_call("momentum decoding", arguments, model)
                 processor = self._processor(
                     arguments.get(_mask_name(model)) if "inputs_embeds" not in arguments else None,
                     setting(arguments, model, "pad_token_id"),
@@ -292,19 +278,18 @@ class MomentumDecoding:
         Raises:
             ValueError: for a `generate` that samples or has beams.
         """
-        _refuse(generation_config.do_sample, generation_config.num_beams)
+        config = generation_config
+        refuse_sampling("momentum decoding", config.do_sample, config.num_beams)
         mask = model_kwargs.get(_mask_name(model))
         if mask is not None and mask.shape[1] > input_ids.shape[1]:
             mask = None  # the prompt came as embeddings: there is nothing to walk on
-        processor = self._processor(
-            mask, generation_config.pad_token_id, generation_config.eos_token_id, MomentumRun()
-        )
+        processor = self._processor(mask, config.pad_token_id, config.eos_token_id, MomentumRun())
         return type(model)._sample(
             model,
             input_ids,
             logits_processor=LogitsProcessorList([*logits_processor, processor]),
             stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
+            generation_config=config,
             **model_kwargs,
         )
 
@@ -322,37 +307,6 @@ class MomentumDecoding:
             pad_token_id=None if pad in ends else pad,  # as generate does: it may be a real end
             eos_token_id=sorted(ends),
             run=run,
-        )
-
-
-def _penalties(
-    alpha: float, top_k: int, resistance: Resistance, max_depth: int | None
-) -> tuple[float, ...]:
-    """alpha * f(c) for c = 0, ..., max_depth."""
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha: expected a finite number from 0, got {alpha!r}.")
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k!r}.")
-    table = RESISTANCES.get(resistance) if isinstance(resistance, str) else tuple(resistance)
-    if table is None or len(table) < 2 or not all(entry >= 0 for entry in table):
-        raise ValueError(
-            f"resistance: expected one of {', '.join(RESISTANCES)}, or a table f(0), f(1), ... of "
-            f"at least two numbers from 0, got {resistance!r}."
-        )
-    if max_depth is None:
-        max_depth = len(table) - 1
-    if max_depth < 1:
-        raise ValueError(f"max_depth: expected at least 1, got {max_depth!r}.")
-    entries = (table[min(depth, len(table) - 1)] for depth in range(max_depth + 1))
-    return tuple(alpha * entry if alpha else 0.0 for entry in entries)
-
-
-def _refuse(do_sample: bool | None, num_beams: int | None) -> None:
-    if do_sample or (num_beams or 1) > 1:
-        raise ValueError(
-            "do_sample, num_beams: expected neither, as momentum decoding chooses every token "
-            f"itself, got do_sample={do_sample}, num_beams={num_beams}. Pass do_sample=False, "
-            "num_beams=1."
         )
 
 
