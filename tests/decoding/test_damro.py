@@ -13,6 +13,8 @@ from attending.decoding.contrastive import ContrastiveLogitsProcessor, contrast_
 from attending.decoding.damro import DAMRO, damro_generate
 from attending.decoding.generating import DecodingWarning
 from attending.decoding.image_prompts import see_images, with_image_tokens
+from attending.decoding.momentum import MomentumDecoding
+from attending.interventions.attention_calibration import AttentionCalibration
 from attending.interventions.intervention import Intervention
 from attending.interventions.settings import load_settings, save_settings
 from tests.decoding.models import IMAGE, PATCHES, llama, llava, prompts
@@ -285,3 +287,43 @@ def test_refusals() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         damro_generate(model, inputs, k=9, max_new_tokens=2)
+
+
+def test_both_branches_run_the_edited_model() -> None:
+    """With sinks damped around it: each branch has its own prompt, with sinks of its own."""
+    model, inputs = llava(), prompts(TEXTS[2:])
+    edit = AttentionCalibration(layers=(0, 1), alpha=1.2, beta=0.1, min_observers=2)
+    settings = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None}
+    method = DAMRO(k=4, alpha=1.5, beta=0.05)
+    with edit(model) as run, method(model):
+        found = model.generate(**inputs, max_new_tokens=5, do_sample=False, **settings)
+    assert run.edited_calls
+    with torch.no_grad():
+        images = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    features = images.pooler_output[0]
+    index = chosen_by_hand(model, inputs["pixel_values"], 4)[0]
+    written: list[int] = []
+    for scores in found.scores:
+        logits = []
+        for tokens in (features, features[index]):
+            length = 1 + len(tokens) + len(TEXTS[2])
+            with edit(model, prompt_length=length):
+                logits.append(next_logits(model, TEXTS[2], written, tokens))
+        exact = 2.5 * logits[0] - 1.5 * logits[1]
+        exact = exact.masked_fill(logits[0] < logits[0].max() + math.log(0.05), -math.inf)
+        torch.testing.assert_close(scores[0].double(), exact, **EXACT)
+        written.append(int(exact.argmax()))
+    plain = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, custom_generate=method.custom_generate
+    )
+    assert not plain[:, -5:].equal(found.sequences[:, -5:])
+
+
+def test_momentum_comes_after_the_contrast() -> None:
+    model, inputs = llava(), prompts(TEXTS)
+    with MomentumDecoding(alpha=0.5)(model) as second, DAMRO(k=3)(model) as first:
+        found = greedy(model, inputs, max_new_tokens=12)
+    with DAMRO(k=3)(model), MomentumDecoding(alpha=0.5)(model):
+        assert greedy(model, inputs, max_new_tokens=12).equal(found)
+    assert first.tokens
+    assert second.reranked
