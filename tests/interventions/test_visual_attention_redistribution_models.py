@@ -227,7 +227,7 @@ def test_it_nests(llava: Any) -> None:
         if "language_model" in call.name and call.layer:
             attention, value = mapped(call)
             sinks = sink_value(hidden[call.layer], METHOD.sink_dimensions) >= 18 * 32**0.5 / 64
-            for method in (inner, outer):
+            for method in (outer, inner):
                 selected = select_image_centric_heads(
                     attention,
                     image,

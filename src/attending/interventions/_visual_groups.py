@@ -1,25 +1,26 @@
 """One attention call with mass moved from sinks to the rest of the image, without its map.
 
-The masses of the groups come out of the call itself, as further columns of its values: column g
-holds 1 at the keys of group g, so attention gives its mass there. With masses m and outputs o,
+One pass over the call gives its output and normaliser. Over the image tokens and sinks alone, which
+are gathered, text queries have states of their own, and with them the masses of the groups. With
+masses m and outputs o,
 
     output + move_fraction * m_sinks * (o_inside - o_sinks)
 
 is the edited output of a selected row, where `inside` are the image tokens that are no sinks: what
-they get is in proportion to what they have. The two outputs are states over gathered keys.
+they get is in proportion to what they have.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attending.core.groups import group_states, member_indices
 from attending.core.kernels import CHUNK_BYTES
+from attending.core.state import AttentionState
+from attending.interventions.edit import hiding, pass_on, state_of, unchanged
 from attending.taps import AttentionCall, Proceed
 
 
@@ -60,59 +61,76 @@ def edit(
     min_non_sink_ratio: float,
     move_fraction: float,
 ) -> Edited:
-    """The output of a call after the edit; rows that are not selected are those of `proceed`."""
-    output, masses = _with_masses(call, proceed, torch.stack(groups[:3], -1))
-    inside, image_sinks, text_sinks = masses.unbind(-1)
-    selected = looks_at_image(inside, image_sinks, min_image_mass, min_non_sink_ratio)
-    selected = selected & groups.queries[:, None]
-    moved = (move_fraction * (image_sinks + text_sinks)).masked_fill(~selected, 0.0)
-    rows = (moved > 0).flatten(0, 1).any(0).nonzero().squeeze(-1)
-    if len(rows):
-        step = _difference(call, groups.inside, groups.image_sinks | groups.text_sinks, rows)
-        changed = output[:, :, rows] + (moved[:, :, rows, None] * step).to(output.dtype)
-        output = output.index_copy(2, rows, changed)
-    return Edited(output, selected, inside + image_sinks, moved)
-
-
-def _with_masses(
-    call: AttentionCall, proceed: Proceed, columns: Bool[Tensor, "batch keys groups"]
-) -> tuple[Tensor, Float[Tensor, "batch heads queries groups"]]:
-    dim, width = call.query.shape[-1], call.value.shape[-1]
-    batch, kv_heads, keys = call.value.shape[:3]
-    count = columns.shape[-1]
-    extra = columns[:, None].expand(batch, kv_heads, keys, count).to(call.value.dtype)
-    value = torch.cat([call.value, extra], -1)
-    # Fused kernels want one size for query, key and value, and GPUs a multiple of 8.
-    size = -(-max(dim, width + count) // 8) * 8
-    wide = proceed(
-        replace(
-            call,
-            query=pad(call.query, (0, size - dim)),
-            key=pad(call.key, (0, size - dim)),
-            value=pad(value, (0, size - width - count)),
-            scale=call.softmax_scale,
+    """The output of a call after the edit."""
+    if call.dropout_p:
+        raise ValueError(
+            f"model: expected no dropout on attention weights, got {call.dropout_p} in {call!r}. "
+            "Call model.eval() first."
         )
+    rows = groups.queries.any(0).nonzero().squeeze(-1)
+    if len(rows) == 0 or not bool(groups.inside.any()):
+        output = proceed(call)
+        nothing = output.new_zeros(output.shape[:3])
+        return Edited(output, nothing.bool(), nothing, nothing)
+    whole = state_of(call)
+    states = _group_states(call, groups, rows)
+    level = whole.lse[:, :, rows]
+    level = level.masked_fill(level == -torch.inf, 0.0)
+    inside, image_sinks, text_sinks = (torch.exp(state.lse - level) for state in states)
+    chosen = looks_at_image(inside, image_sinks, min_image_mass, min_non_sink_ratio)
+    chosen = chosen & groups.queries[:, None, rows]
+    sinks = image_sinks + text_sinks
+    gain = (move_fraction * sinks).masked_fill(~chosen, 0.0)
+    every = whole.lse.new_zeros(whole.lse.shape)
+    found = Edited(
+        whole.output,
+        torch.zeros_like(every, dtype=torch.bool).index_copy(2, rows, chosen),
+        every.index_copy(2, rows, inside + image_sinks),
+        every.index_copy(2, rows, gain),
     )
-    masses = wide[..., width : width + count]
-    return wide[..., :width], masses.to(torch.promote_types(masses.dtype, torch.float32))
+    if not bool((gain > 0).any()):
+        return found._replace(output=unchanged(call, proceed, whole))
+    if call.inner:
+        growth = 1.0 + gain / inside.masked_fill(~chosen, 1.0)
+        rest = torch.ones_like(growth)
+        factors = torch.stack([rest, growth, torch.where(chosen, 1.0 - move_fraction, rest)])
+        return found._replace(output=_passed_on(call, proceed, groups, rows, factors))
+    of_inside, of_image_sinks, of_text_sinks = (state.output for state in states)
+    of_sinks = image_sinks[..., None] * of_image_sinks + text_sinks[..., None] * of_text_sinks
+    difference = gain[..., None] * of_inside - move_fraction * of_sinks
+    difference = difference.masked_fill(~chosen[..., None], 0.0).to(whole.output.dtype)
+    return found._replace(output=whole.output.index_add(2, rows, difference))
 
 
-def _difference(
-    call: AttentionCall, inside: Tensor, sinks: Tensor, rows: Int[Tensor, " rows"]
-) -> Float[Tensor, "batch heads rows value_dim"]:
-    """The output over the keys inside minus that over the sinks, for some of the queries."""
-    members = (inside | sinks)[:, None]
+def _passed_on(
+    call: AttentionCall, proceed: Proceed, groups: Groups, rows: Tensor, factors: Tensor
+) -> Tensor:
+    """The call for the handler after this one: its groups of keys count by these factors."""
+    ones = factors.new_ones(*factors.shape[:3], call.query_length)
+    labels = groups.inside.long() + 2 * (groups.image_sinks | groups.text_sinks).long()
+    heads = torch.arange(call.num_heads, device=call.query.device)
+    new = ones.index_copy(3, rows, factors)
+    return pass_on(call, proceed, heads, labels[:, None], ones, new)
+
+
+def _group_states(
+    call: AttentionCall, groups: Groups, rows: Int[Tensor, " rows"]
+) -> list[AttentionState]:
+    """The states of some of the queries over the image tokens inside, and over both kinds of sinks.
+
+    Their keys are gathered first: text queries usually come after the image, and then see them all.
+    """
+    members = (groups.inside | groups.image_sinks | groups.text_sinks)[:, None]
     index, is_member = member_indices(members, int(members.sum(-1).max()))
-    kv_heads = call.key.shape[1]
-    places = index.expand(-1, kv_heads, -1)[..., None]
+    places = index.expand(-1, call.key.shape[1], -1)[..., None]
     key, value = (
         tensor.gather(2, places.expand(*places.shape[:3], tensor.shape[-1]))
         for tensor in (call.key, call.value)
     )
-    labels = sinks[:, None].gather(2, index)
-    parts = []
-    for some, mask in _visible(call, index, is_member, rows):
-        of_inside, of_sinks = group_states(
+    labels = groups.image_sinks.long() + 2 * groups.text_sinks.long()
+    labels = labels[:, None].gather(2, index)
+    parts = [
+        group_states(
             call.query[:, :, some],
             key,
             value,
@@ -120,9 +138,14 @@ def _difference(
             attn_mask=mask,
             scale=call.scale,
             enable_gqa=call.enable_gqa,
+            num_groups=3,
         )
-        parts.append(of_inside.output - of_sinks.output)
-    return torch.cat(parts, 2)
+        for some, mask in _visible(call, index, is_member, rows)
+    ]
+    return [
+        AttentionState(*(torch.cat(tensors, 2) for tensors in zip(*group, strict=True)))
+        for group in zip(*parts, strict=True)
+    ]
 
 
 def _visible(
@@ -130,9 +153,8 @@ def _visible(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Rows in portions, each with its mask over the gathered keys; None where all are visible."""
     batch, _, members = index.shape
-    mask = call.attn_mask
+    mask = hiding(call.attn_mask)
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         mask = mask.expand(*mask.shape[:3], call.key_length)
     per_row = 4 * batch * members * (1 if mask is None else mask.shape[1])
     for some in rows.split(max(1, CHUNK_BYTES // max(per_row, 1))):

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from attending.interventions.vision_language import image_token_mask
-from attending.taps.where import arguments_of
+from attending.taps.where import CACHES, arguments_of
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Sequences:
 
 def cache_of(given: Mapping[str, Any]) -> object:
     """The cache among the arguments of a model or a layer, under any of its names."""
-    for name in ("cache", "past_key_values", "past_key_value"):
+    for name in CACHES:
         if given.get(name) is not None:
             return given[name]
     return None

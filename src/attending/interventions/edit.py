@@ -102,7 +102,7 @@ def edit_masses(
         return unchanged(call, proceed, whole)
     run.edited(call, heads.tolist(), rows)
     if not alone:
-        return _pass_on(call, proceed, heads, labels, masses, new_masses)
+        return pass_on(call, proceed, heads, labels, masses, new_masses)
     output = mix(states, new_masses).to(call.query.dtype)
     if some is call:
         return output
@@ -150,7 +150,7 @@ def _of_heads(call: AttentionCall, heads: Tensor) -> AttentionCall:
     )
 
 
-def _pass_on(
+def pass_on(
     call: AttentionCall,
     proceed: Proceed,
     heads: Tensor,
@@ -158,7 +158,14 @@ def _pass_on(
     masses: Tensor,
     new_masses: Tensor,
 ) -> Tensor:
-    """Hand the call on as one whose plain attention is the edited one."""
+    """Hand a call on as one whose plain attention is the edited one, for the handler after this.
+
+    Args:
+        call, proceed: what the handler was called with.
+        heads: the heads that are edited, in order.
+        labels: the group of each key, `[batch or 1, heads or 1, keys]`, of those heads.
+        masses, new_masses: `[groups, batch, heads, queries]`; only their ratio matters.
+    """
     batch, all_heads, queries, _ = call.query.shape
     if len(heads) < all_heads:
         shape = (len(masses), batch, all_heads, queries)

@@ -20,10 +20,9 @@ modelling, which has the same initials.
         model.generate(**inputs)
     print(run)          # sinks, heads and mass moved, layer by layer
 
-No map is built. The masses come out of the model's own call, as three more columns of the values
-that say to which group a key belongs; only the outputs over the sinks and over the other image
-tokens are computed beside it, and only for text queries. So the method nests with others: the
-masses are those that an inner intervention leaves.
+No map is built: beside one pass over the call, text queries look once more at the image tokens and
+sinks alone. It nests with other interventions: where a handler of another one comes after this, it
+is handed a call whose plain attention is the edited one.
 
 Where the paper and its official code (seilk/VisAttnSink, 98e62d6) differ, this has the paper's
 meaning under a name of its own:
