@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from attending import conversion as conversion
     from attending import core as core
+    from attending import decoding as decoding
     from attending import interventions as interventions
     from attending import losses as losses
     from attending import nn as nn
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from attending.taps import AttentionCall as AttentionCall
     from attending.taps import TapError as TapError
     from attending.taps import tap as tap
+    from attending.trials import Trial as Trial
+    from attending.trials import trial as trial
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,7 @@ _PUBLIC = {
     "losses": ("attending.losses", None),
     "interventions": ("attending.interventions", None),
     "conversion": ("attending.conversion", None),
+    "decoding": ("attending.decoding", None),
     "bias": ("attending.core.bias", None),
     "papers": ("attending.papers", None),
     "probes": ("attending.probes", None),
@@ -57,6 +61,8 @@ _PUBLIC = {
     "diagnose": ("attending.diagnosis", "diagnose"),
     "Diagnosis": ("attending.diagnosis", "Diagnosis"),
     "Thresholds": ("attending.diagnosis", "Thresholds"),
+    "trial": ("attending.trials", "trial"),
+    "Trial": ("attending.trials", "Trial"),
     "AttentionMonitor": ("attending.monitor", "AttentionMonitor"),
     "register_attention": ("attending.nn.registration", "register_attention"),
 }

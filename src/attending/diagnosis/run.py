@@ -95,7 +95,7 @@ def diagnose(
                 raise ValueError("inputs: expected at least one batch, got none.")
     layers, hidden = collector.layers(), collector.hidden()
     return Diagnosis(
-        model=name or _name_of(model),
+        model=name or name_of(model),
         model_class=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         attention_implementation=_implementation(model),
@@ -136,7 +136,7 @@ def _progress_bar(count: int | None, progress: bool | None) -> Any:
     )
 
 
-def _name_of(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
     """Where a model was loaded from, or its class."""
     where = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if where and Path(where).exists():

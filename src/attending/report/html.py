@@ -5,12 +5,11 @@ import functools
 import hashlib
 import json
 import zlib
-from importlib import resources
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from attending.diagnosis.record import Diagnosis, Evidence, Finding
 from attending.report.inline import render_inline as render_inline
+from attending.report.page import environment, policy, template_text
 from attending.report.page_data import page_data
 from attending.report.stacks import (
     SEVERITY_WORDS,
@@ -19,10 +18,7 @@ from attending.report.stacks import (
     severities_in_words,
     shape_in_words,
 )
-from attending.report.text import count, number, plural, printable, visible
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from attending.report.text import printable
 
 FEW = 4  # pieces of evidence that are open at once
 MANY = 400  # and those that are in the page at all: to_json has them all
@@ -34,16 +30,16 @@ def render(diagnosis: Diagnosis) -> str:
     The page may run two scripts, its own and Plotly, by their hashes: a token that looks like a
     script could not run even if it found a way out of the data that it is quoted in.
     """
-    script = _template_text("page.js")
+    script = template_text("page.js")
     plotly, plotly_hash = _plotly()
     layers = {layer.name: layer.num_heads for layer in diagnosis.layers}
     place = places(diagnosis)
     text = (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
-            policy=_policy(_sha256(script), plotly_hash),
-            css=_template_text("page.css"),
+            policy=policy(_sha256(script), plotly_hash),
+            css=template_text("page.css"),
             script=script,
             plotly=plotly,
             data=embed_json(page_data(diagnosis)),
@@ -103,14 +99,6 @@ def _evidence(evidence: Evidence, layers: dict[str, int], place: str) -> dict[st
     }
 
 
-def _policy(*scripts: str) -> str:
-    allowed = " ".join(f"'{script}'" for script in scripts)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
-
-
 def _sha256(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
@@ -127,28 +115,3 @@ def _plotly() -> tuple[str, str]:
     source = get_plotlyjs()
     deflated = zlib.compress(source.encode(), 9)
     return base64.b64encode(deflated).decode("ascii"), _sha256(source)
-
-
-def _template_text(name: str) -> str:
-    return (resources.files("attending.report") / "templates" / name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("attending.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": count,
-        "number": number,
-        "plural": plural,
-        "printable": printable,
-        "visible": visible,
-    }
-    return environment
