@@ -38,7 +38,7 @@ GATHERED = 64  # members up to which a group's keys are gathered rather than the
 LEAST_REST = {torch.float64: 1e-6, torch.float32: 1 / 32}
 LEAST_REST_HALF = 0.5
 
-Groups = Int[Tensor, "#batch #heads keys"] | Bool[Tensor, "#batch #heads keys"]
+Groups = Int[Tensor, "#batch group_heads keys"] | Bool[Tensor, "#batch group_heads keys"]
 Masses = Float[Tensor, "groups batch heads queries"]
 
 
@@ -149,7 +149,7 @@ def move_mass(masses: Masses, take: Mapping[int, float], give: Sequence[int]) ->
     Args:
         masses: of each group, as `group_masses` has them.
         take: for each group that loses, the share that it loses. 1 takes all; a negative share
-            moves mass towards the group instead, from the others.
+            moves mass towards the group instead, at most all that the others of `give` hold.
         give: the groups that get; none of them may lose.
 
     Raises:
@@ -166,16 +166,19 @@ def move_mass(masses: Masses, take: Mapping[int, float], give: Sequence[int]) ->
         )
     if any(not share <= 1 for share in take.values()):
         raise ValueError(f"take: expected shares of at most 1, got {dict(take)!r}.")
-    freed = sum(share * masses[group] for group, share in take.items())
+    freed = torch.stack([share * masses[group] for group, share in take.items()]).sum(0)
     getting = masses[list(give)].sum(0)
     able = getting > 0
-    gain = torch.where(able, freed / getting.where(able, torch.ones_like(getting)), 0.0)
-    factors = torch.ones_like(masses)
+    ones = torch.ones_like(getting)
+    # Where mass moves the other way there may not be enough of it: then as much as there is.
+    enough = torch.where(freed < -getting, getting / -freed.where(freed < 0, -ones), able.to(ones))
+    gain = enough * freed / getting.where(able, ones)
+    factors = [ones] * count
     for group, share in take.items():
-        factors[group] = 1.0 - share * able.to(masses)
+        factors[group] = 1.0 - share * enough
     for group in give:
         factors[group] = 1.0 + gain
-    return masses * factors
+    return masses * torch.stack(factors)
 
 
 @full_precision
