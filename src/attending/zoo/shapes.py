@@ -1,9 +1,9 @@
 """Scenes of coloured shapes in which all is known: objects, places, pixels, the right answers.
 
 >>> from attending.zoo import shapes
->>> scene = shapes.make_scene(seed=3)
+>>> scene = shapes.make_scene(seed=8)
 >>> [thing.name for thing in scene.objects]
-['green square', 'white circle', 'orange star', 'yellow ring', 'black cross']
+['blue circle', 'green star', 'purple star', 'white star', 'white ring']
 >>> scene.image().shape, scene.masks().shape
 (torch.Size([3, 32, 32]), torch.Size([5, 32, 32]))
 
@@ -38,6 +38,7 @@ from attending.zoo._shapes_text import (
 from attending.zoo._shapes_world import (
     BACKGROUNDS,
     COLORS,
+    HELD_OUT_SEED,
     KINDS,
     MAX_OBJECTS,
     MIN_OBJECTS,
@@ -175,14 +176,14 @@ def make_scenes(
 
     Args:
         count: How many.
-        seed: From 0 up to 2**32; larger ones are kept for training, so that scenes drawn here are
-            held out from the training of ``llava-shapes``.
+        seed: From 0 up to 2**31.  The scenes that ``llava-shapes`` is trained on have seeds of
+            their own, so all scenes drawn here are held out.
         size: Pixels along each side of the images.
         min_objects: At least 1.
         max_objects: At most 6.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"expected seed from 0 up to 2**32, got {seed}")
+    if not 0 <= seed < HELD_OUT_SEED:
+        raise ValueError(f"expected seed from 0 up to 2**31, got {seed}")
     if count < 0:
         raise ValueError(f"expected count of at least 0, got {count}")
     if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
@@ -191,7 +192,7 @@ def make_scenes(
             f"{min_objects} and max_objects={max_objects}"
         )
     check_size(size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
     batch = draw(count, generator, min_objects=min_objects, max_objects=max_objects)
     return from_batch(batch, size)
 

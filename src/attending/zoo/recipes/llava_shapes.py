@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from attending.zoo.recipes.checkpoint import load_checkpoint, read_state, save_checkpoint
 from attending.zoo.recipes.llava_shapes_data import (
+    SEEDS,
+    STEPS,
     dense_targets,
     draw_batch,
     make_rows,
@@ -44,7 +46,8 @@ class LlavaShapesRecipe:
 
     The matrices of the layers are trained by Muon, all else by AdamW.  The learning rates of both
     rise over the first ``warmup_steps`` of each part of the training, stay, and fall linearly to
-    zero over the last ``cooldown`` of all steps.
+    zero over the last ``cooldown`` of all steps.  A "yes" or "no" counts as much as
+    ``answer_weight`` other words, since a caption has many words and an answer has one.
     """
 
     image_size: int = 32
@@ -64,6 +67,7 @@ class LlavaShapesRecipe:
     images: int = 24
     presence: int = 4
     dense_weight: float = 1.0
+    answer_weight: float = 3.0
     warmup_steps: int = 100
     cooldown: float = 0.3
     learning_rate: float = 1.2e-3
@@ -82,6 +86,10 @@ class LlavaShapesRecipe:
         for name in ("steps", "evaluate_every", "warmup_steps", "images", "vision_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"expected seed from 0 up to {SEEDS}, got {self.seed}")
+        if self.steps > STEPS:
+            raise ValueError(f"expected steps of at most {STEPS}, got {self.steps}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"expected patch_size to divide image_size ({self.image_size}), got "
@@ -164,7 +172,9 @@ def step_loss(
         if seeing:
             return dense, dense
         rows = make_rows(batch, tokenizer, recipe.seed, step, recipe.presence)
-        text = trainee.text_loss(patches, rows, tokenizer.bos_token_id)
+        weights = torch.ones(len(tokenizer))
+        weights[tokenizer.convert_tokens_to_ids(["yes", "no"])] = recipe.answer_weight
+        text = trainee.text_loss(patches, rows, tokenizer.bos_token_id, weights)
     return text + recipe.dense_weight * dense, text
 
 

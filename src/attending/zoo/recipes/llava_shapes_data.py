@@ -29,6 +29,7 @@ from attending.zoo._shapes_text import (
 from attending.zoo._shapes_world import (
     BACKGROUNDS,
     COLORS,
+    HELD_OUT_SEED,
     KINDS,
     SHAPES,
     SIZES,
@@ -40,6 +41,9 @@ from attending.zoo.shapes import Scene, from_batch
 
 IMAGE = "<image>"
 IGNORED = -100
+# The seeds below HELD_OUT_SEED are for training: so many recipe's seeds, so many steps of each.
+STEPS = 2**20
+SEEDS = HELD_OUT_SEED // STEPS
 
 _WORDS = (
     "a",
@@ -155,7 +159,7 @@ class Rows:
 
 def draw_batch(scenes: int, seed: int, step: int) -> SceneBatch:
     """The scenes of one training step, none of which ``make_scenes`` can draw."""
-    return draw(scenes, torch.Generator().manual_seed(2**40 + seed * 2**32 + step))
+    return draw(scenes, torch.Generator().manual_seed(seed * STEPS + step))
 
 
 def pixels(batch: SceneBatch, size: int) -> Float[Tensor, "scenes 3 size size"]:

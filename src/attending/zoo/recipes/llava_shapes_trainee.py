@@ -41,8 +41,17 @@ class Trainee(nn.Module):
             kinds, targets.kinds
         )
 
-    def text_loss(self, patches: Tensor, rows: Rows, bos: int) -> Tensor:
-        """Mean loss of the answers' tokens, each conversation behind the image on its own."""
+    def text_loss(
+        self, patches: Tensor, rows: Rows, bos: int, weights: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss of the answers' tokens, each conversation behind the image on its own.
+
+        Args:
+            patches: What the tower saw.
+            rows: The conversations.
+            bos: The token before the image.
+            weights: How much each token of the vocabulary counts; ``None`` is 1 for all.
+        """
         inner = self.llava.model
         embed = inner.get_input_embeddings()
         images = inner.multi_modal_projector(patches)
@@ -60,7 +69,7 @@ class Trainee(nn.Module):
         ).last_hidden_state[:, prefix:]
         learned = rows.targets != IGNORED
         logits = self.llava.lm_head(states[learned])
-        return F.cross_entropy(logits.float(), rows.targets[learned])
+        return F.cross_entropy(logits.float(), rows.targets[learned], weight=weights)
 
 
 def training_attention(
