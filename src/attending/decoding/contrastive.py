@@ -32,7 +32,7 @@ Sources: DAMRO (2410.04514), official loop run for the golden vectors; VCD (2311
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +43,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from attending.decoding._second_branch import SecondBranch
 
 Alpha: TypeAlias = float | Callable[[int], float]
+Decode: TypeAlias = Callable[..., Any]
+"""What `generate(custom_generate=...)` takes; `contrast_first` is one."""
 
 
 @dataclass(eq=False)
@@ -204,22 +206,6 @@ class ContrastiveLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         result = contrastive_logits(scores, negative.to(scores.device), alpha, self.beta)
         self.counts.count(scores, result)
         return result.log_softmax(-1) if self.log_probabilities else result
-
-
-class Decode(Protocol):
-    """What `generate(custom_generate=...)` takes."""
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Int[Tensor, "rows tokens"],
-        logits_processor: Sequence[LogitsProcessor],
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Generate, with everything prepared by `generate`."""
-        ...
 
 
 def contrast_first(
