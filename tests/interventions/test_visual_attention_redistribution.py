@@ -1,5 +1,6 @@
 """VAR on maps: golden vectors of the official code, plain loops, invariants; and without maps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,7 @@ def attention_map(call: AttentionCall, visible: Tensor) -> Tensor:
 def test_without_a_map(example, ratio: float, fraction: float) -> None:
     call, groups, visible = example
     if call.attn_mask is not None and call.attn_mask.is_floating_point():
-        call = AttentionCall(**{**vars(call), "attn_mask": call.attn_mask.double()})
+        call = replace(call, attn_mask=call.attn_mask.double())
     attention = attention_map(call, visible)
     image, sinks = groups.inside | groups.image_sinks, groups.image_sinks | groups.text_sinks
     found = edit(
@@ -254,6 +255,29 @@ def test_gradients_against_float64_maps() -> None:
         return found.output
 
     assert torch.autograd.gradcheck(output, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 9, 8, generator=generator).to(dtype) for _ in range(3))
+    image, sinks = torch.zeros(2, 2, 9, dtype=torch.bool).unbind(0)
+    image[:, 1:6] = True
+    sinks[:, [0, 2]] = True
+    groups = Groups(
+        image & ~sinks, image & sinks, sinks & ~image, (torch.arange(9) >= 6).expand(2, 9)
+    )
+    call = AttentionCall(
+        name="", layer=0, query=query, key=key, value=value, is_causal=True, module=nn.Identity()
+    )
+    options = {"min_image_mass": 0.2, "min_non_sink_ratio": 0.5, "move_fraction": 0.6}
+    found = edit(call, attend, groups, **options)
+    exact = replace(call, query=query.double(), key=key.double(), value=value.double())
+    expected = edit(exact, attend, groups, **options)
+    assert found.output.dtype == dtype
+    assert torch.equal(found.selected, expected.selected)
+    assert bool(found.selected.any())
+    torch.testing.assert_close(found.output.double(), expected.output, atol=tolerance, rtol=0.0)
 
 
 def test_refusals() -> None:

@@ -210,6 +210,27 @@ def test_it_leaves_no_trace_and_can_be_entered_again(llava: Any) -> None:
 
 
 @torch.no_grad()
+def test_sinks_can_be_spared(llava: Any) -> None:
+    inputs = batch_of(prompt(3, 4), prompt(1, 2))
+    layers = []
+
+    def spare(layer: int, sinks: Tensor, image: Tensor) -> Tensor:
+        layers.append(layer)
+        assert torch.equal(image, inputs["input_ids"] == IMAGE)
+        assert bool((sinks & image).any())
+        return sinks & ~image
+
+    with pytest.warns(InterventionWarning), METHOD(llava, change_sinks=spare) as run:
+        expected = llava(**inputs).logits
+    nothing = METHOD(llava, change_sinks=lambda _, sinks, image: torch.zeros_like(sinks))
+    with pytest.warns(InterventionWarning), nothing as none:
+        llava.generate(**inputs, max_new_tokens=2)
+    assert layers == [1, 2, 3]
+    assert run.edited_rows == none.edited_rows == 0
+    assert torch.equal(llava(**inputs).logits, expected)
+
+
+@torch.no_grad()
 def test_it_nests(llava: Any) -> None:
     inputs = batch_of(prompt(3, 4))
     image = inputs["input_ids"] == IMAGE

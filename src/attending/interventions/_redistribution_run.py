@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from attending.interventions.visual_attention_redistribution import (
         VisualAttentionRedistribution,
     )
+
+ChangeSinks = Callable[
+    [int, Bool[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch tokens"]
+]
 
 NO_IMAGE = "its keys hold no image token"
 NO_QUERY = "it has no text query"
@@ -108,12 +112,14 @@ class Redistributing(AbstractContextManager[RedistributionRun]):
         layers: Mapping[int, tuple[str, nn.Module]],
         image_mask: Bool[Tensor, "batch tokens"] | None,
         prompt_length: int | Int[Tensor, " batch"] | None,
+        change_sinks: ChangeSinks | None,
     ) -> None:
         self.method = method
         self.model = model
         self.layers = layers
         self.image_mask = image_mask
         self.prompt_length = prompt_length
+        self.change_sinks = change_sinks
         self._open: list[tuple[ExitStack, RedistributionRun]] = []
 
     def __enter__(self) -> RedistributionRun:
@@ -149,6 +155,7 @@ class _Work:
     def __init__(self, block: Redistributing, run: RedistributionRun) -> None:
         self.method = block.method
         self.run = run
+        self.change_sinks = block.change_sinks
         self.numbers = {name: number for number, (name, _) in block.layers.items()}
         self.sequences = Sequences(
             block.model, block.method.image_token_id, block.image_mask, block.prompt_length
@@ -178,9 +185,12 @@ class _Work:
         tau = self._threshold(hidden.shape[-1])
         sinks = phi > tau if self.method.convention == "official-code" else phi >= tau
         record = self.run.layers.setdefault(number, LayerRecord())
-        sequence.mark(number, sinks)
         now = slice(sequence.length - sequence.new, None)
-        image, found = sequence.image[:, now], sequence.sinks[number][:, now]
+        image, prompt = sequence.image[:, now], sequence.prompt[:, now]
+        if self.change_sinks is not None and bool(prompt.any()):
+            sinks = self.change_sinks(number, sinks & prompt, image)
+        sequence.mark(number, sinks)
+        found = sequence.sinks[number][:, now]
         if bool(image.any()):
             record.largest_phi = max(record.largest_phi, float(phi[image].max()))
         record.image_tokens += int(image.sum())

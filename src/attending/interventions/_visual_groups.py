@@ -95,11 +95,11 @@ def edit(
         rest = torch.ones_like(growth)
         factors = torch.stack([rest, growth, torch.where(chosen, 1.0 - move_fraction, rest)])
         return found._replace(output=_passed_on(call, proceed, groups, rows, factors))
-    of_inside, of_image_sinks, of_text_sinks = (state.output for state in states)
-    of_sinks = image_sinks[..., None] * of_image_sinks + text_sinks[..., None] * of_text_sinks
-    difference = gain[..., None] * of_inside - move_fraction * of_sinks
-    difference = difference.masked_fill(~chosen[..., None], 0.0).to(whole.output.dtype)
-    return found._replace(output=whole.output.index_add(2, rows, difference))
+    difference = gain[..., None] * states[0].output
+    for mass, state in zip((image_sinks, text_sinks), states[1:], strict=True):
+        lost = (move_fraction * mass).masked_fill(~chosen, 0.0)
+        difference = torch.addcmul(difference, lost[..., None], state.output, value=-1.0)
+    return found._replace(output=whole.output.index_add(2, rows, difference.to(whole.output)))
 
 
 def _passed_on(

@@ -49,7 +49,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attending.interventions._redistribution_run import Redistributing
+from attending.interventions._redistribution_run import ChangeSinks, Redistributing
 from attending.interventions._visual_groups import looks_at_image
 from attending.interventions.sink_dimensions import (
     KNOWN_SINK_DIMENSIONS,
@@ -168,6 +168,7 @@ class VisualAttentionRedistribution:
         *,
         image_mask: Bool[Tensor, "batch tokens"] | None = None,
         prompt_length: int | Int[Tensor, " batch"] | None = None,
+        change_sinks: ChangeSinks | None = None,
     ) -> Redistributing:
         """The context manager within which the model's attention is changed.
 
@@ -178,6 +179,9 @@ class VisualAttentionRedistribution:
                 `input_ids`; needed where the model is given `inputs_embeds`.
             prompt_length: how many tokens, padding included, may be sinks; by default all that come
                 before the first forward with a cache.
+            change_sinks: `change_sinks(layer, sinks, image)` gets the number of a layer and which
+                tokens of the prompt are its sinks and of an image, `[batch, tokens]`, and returns
+                which are to be treated as sinks: to spare some that matter, or for a control.
 
         Returns:
             A context manager that yields the run, whose `stats` and text say what was edited.
@@ -207,7 +211,7 @@ class VisualAttentionRedistribution:
                 f"{len(layers)} layers, got skip_first={self.skip_first} and "
                 f"skip_last={self.skip_last}."
             )
-        return Redistributing(self, model, chosen, image_mask, prompt_length)
+        return Redistributing(self, model, chosen, image_mask, prompt_length, change_sinks)
 
 
 def select_image_centric_heads(
