@@ -109,8 +109,8 @@ class PartialAttention(nn.Module):
         self.source_in: nn.Linear | None = None
         self.source_out: nn.Linear | None = None
         if source_map != "identity":
-            self.source_in = nn.Linear(embed_dim, embed_dim, **factory)
-            self.source_out = nn.Linear(embed_dim, embed_dim, **factory)
+            self.source_in = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+            self.source_out = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         self.q_proj = nn.Linear(embed_dim, width, bias=bias, **factory)
         self.k_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)
         self.v_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias, **factory)

@@ -82,7 +82,7 @@ class EntropyCurve:
 
 def entropy_curve(
     model: nn.Module,
-    inputs_by_size: Mapping[Hashable, Any],
+    inputs_by_size: Mapping[Any, Any],
     *,
     last: int | None = None,
     cross: bool = False,
