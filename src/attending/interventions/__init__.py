@@ -1,13 +1,81 @@
 """Training-free edits of a running model: one file per method.
 
 An intervention is a dataclass of its hyper-parameters. Called with a model it is a context manager:
-within the block the model's attention is changed, afterwards the model is bit for bit what it was.
+within the block the model is changed, afterwards it is bit for bit what it was. The block yields a
+`Run`, which counts what was changed, and warns if that was nothing.
 
-    with HierarchicalAttention(tree=trees, layers=(-1, -3))(model):
-        model(**batch)
+    with AttentionCalibration(heads={2: (0, 3)})(model) as run:
+        model.generate(**inputs)
+    print(run)
 
-Its work is a handler of `attending.taps`, so that interventions nest like functions.
+Blocks nest like functions: the outer one edits first, and the inner one edits what it made.
+`save_settings` and `load_settings` keep a method, and what was calibrated of it, as JSON.
 
+- `attending.interventions.intervention`: what all of them have in common, and how to write one.
+- `attending.interventions.edit`: `edit_masses`, from groups of keys to an edited call.
+- `attending.interventions.settings`: methods on disk.
+- `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
+- `attending.interventions.head_selection`: which heads are worth calibrating, from data.
+- `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
+- `attending.interventions.visual_token_pruning`: fewer image tokens.
+- `attending.interventions.logit_scaling`: attention at other lengths than those of training.
 - `attending.interventions.hierarchical_attention`: attention tied along a tree, in chosen layers of
   a pretrained encoder.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attending.interventions.attention_calibration import (
+        AttentionCalibration as AttentionCalibration,
+    )
+    from attending.interventions.edit import edit_masses as edit_masses
+    from attending.interventions.head_selection import select_heads as select_heads
+    from attending.interventions.hierarchical_attention import (
+        HierarchicalAttention as HierarchicalAttention,
+    )
+    from attending.interventions.intervention import Intervention as Intervention
+    from attending.interventions.intervention import InterventionWarning as InterventionWarning
+    from attending.interventions.intervention import Run as Run
+    from attending.interventions.intervention import with_counters as with_counters
+    from attending.interventions.logit_scaling import LogitScaling as LogitScaling
+    from attending.interventions.settings import load_settings as load_settings
+    from attending.interventions.settings import save_settings as save_settings
+    from attending.interventions.visual_attention_redistribution import (
+        VisualAttentionRedistribution as VisualAttentionRedistribution,
+    )
+    from attending.interventions.visual_token_pruning import (
+        prune_visual_tokens as prune_visual_tokens,
+    )
+
+_MODULES = {
+    "AttentionCalibration": "attention_calibration",
+    "HierarchicalAttention": "hierarchical_attention",
+    "Intervention": "intervention",
+    "InterventionWarning": "intervention",
+    "LogitScaling": "logit_scaling",
+    "Run": "intervention",
+    "VisualAttentionRedistribution": "visual_attention_redistribution",
+    "edit_masses": "edit",
+    "load_settings": "settings",
+    "prune_visual_tokens": "visual_token_pruning",
+    "save_settings": "settings",
+    "select_heads": "head_selection",
+    "with_counters": "intervention",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    """A name from its module, loaded when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; see help({__name__})")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *globals()])

@@ -25,9 +25,10 @@ was not at hand]; the code has an absolute one, 0.1, which is `threshold=0.1`. `
 ours: a key that two queries can see is no sink because both look at it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,11 +36,14 @@ from torch import Tensor, nn
 
 from attending.core.groups import Masses, move_mass
 from attending.interventions.edit import edit_masses, state_of
+from attending.interventions.head_selection import select_heads
 from attending.interventions.intervention import Run, with_counters
 from attending.interventions.prompt import PromptMemory, PromptReader
 from attending.interventions.prompt_sinks import Protect, SinkRule, find_sinks
-from attending.interventions.vision_language import language_layers
+from attending.interventions.vision_language import language_layers, layer_number
 from attending.taps import AttentionCall, Handler, Proceed
+
+Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,13 @@ class AttentionCalibration:
             InterventionWarning: on exit, if nothing was changed; it says why.
         """
         names = list(language_layers(model))
-        chosen = self._chosen(len(names))
+        chosen = self.chosen_layers(len(names))
 
         def start(run: Run) -> Handler:
             memory, read = PromptMemory(), PromptReader()
 
             def calibrate(call: AttentionCall, proceed: Proceed) -> Tensor:
-                layer = _number(call.name, names)
+                layer = layer_number(call.name, names)
                 if layer is None or call.is_cross or layer not in chosen:
                     run.left(call, "its layer is not calibrated")
                     return proceed(call)
@@ -147,12 +151,42 @@ class AttentionCalibration:
 
         return with_counters(model, start, name="AttentionCalibration")
 
+    def calibrate(
+        self,
+        model: nn.Module,
+        data: Data,
+        metric: Callable[[nn.Module, Data], float],
+        *,
+        margin: float = 0.0,
+        progress: bool = True,
+    ) -> "AttentionCalibration":
+        """The same with the heads that do better than none on calibration data.
+
+        Args:
+            model, data, metric, progress: as in `select_heads`, which also keeps the scores.
+            margin: by how much a head has to improve the metric.
+
+        Raises:
+            ValueError: if no head does.
+        """
+        heads = select_heads(model, data, metric, self, progress=progress).selected(margin)
+        if not heads:
+            raise ValueError(
+                f"data: expected some head to improve the metric by more than {margin}, none did. "
+                "This model does better as it is."
+            )
+        return replace(self, heads=heads, layers=None)
+
     def damp(self, masses: Masses) -> Masses:
         """New masses of two groups of keys: 0 the rest, 1 the sinks."""
         return move_mass(masses, {1: 1.0 - self.beta}, (0,))
 
-    def _chosen(self, count: int) -> dict[int, tuple[int, ...] | None]:
-        """The heads to calibrate of each layer; None stands for all."""
+    def chosen_layers(self, count: int) -> dict[int, tuple[int, ...] | None]:
+        """The heads to calibrate in each layer of a model with so many; None stands for all.
+
+        Raises:
+            ValueError: if the model has no such layer, or none is left.
+        """
         chosen: dict[int, tuple[int, ...] | None]
         if self.heads is not None:
             chosen = {layer: tuple(heads) for layer, heads in self.heads.items()}
@@ -217,10 +251,6 @@ def calibrate_attention(
 def usual_layers(count: int) -> range:
     """The layers that the official code calibrates: all but the first two and the last."""
     return range(2, count - 1)
-
-
-def _number(name: str, layers: Sequence[str]) -> int | None:
-    return next((i for i, layer in enumerate(layers) if f"{name}.".startswith(f"{layer}.")), None)
 
 
 def _heads(heads: tuple[int, ...] | None, call: AttentionCall) -> tuple[int, ...]:

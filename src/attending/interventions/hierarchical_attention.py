@@ -19,9 +19,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from attending.core.masks import mask_parts
+from attending.interventions.intervention import Counted, Run, with_counters
 from attending.nn.hierarchical_attention import Tree, hierarchical_attention
 from attending.nn.partition_tree import PartitionTree
-from attending.taps import AttentionCall, Proceed, Tap, tap
+from attending.taps import AttentionCall, Handler, Proceed
 from attending.taps.where import layer_of
 
 
@@ -54,8 +55,8 @@ class HierarchicalAttention:
                 f"layers: expected the numbers of layers, such as (-1, -3), got {self.layers!r}."
             )
 
-    def __call__(self, model: nn.Module) -> Tap[None]:
-        """The context manager within which the model's layers are changed.
+    def __call__(self, model: nn.Module) -> Counted:
+        """The context manager within which the model's layers are changed; it yields a `Run`.
 
         Raises:
             ValueError: if the model has no such layer. Within the block: for a layer that is
@@ -64,23 +65,28 @@ class HierarchicalAttention:
         """
         chosen = self._number(model)
 
-        def tie(call: AttentionCall, proceed: Proceed) -> Tensor:
-            if call.layer not in chosen or call.is_cross:
-                return proceed(call)
-            visible = _padding(call)
-            output = hierarchical_attention(
-                call.query,
-                call.key,
-                call.value,
-                None if visible is None else visible[:, None, None, :],
-                scale=call.scale,
-                enable_gqa=call.enable_gqa,
-                tree=self.tree,
-                include_self=self.include_self,
-            )
-            return output
+        def start(run: Run) -> Handler:
+            def tie(call: AttentionCall, proceed: Proceed) -> Tensor:
+                if call.layer not in chosen or call.is_cross:
+                    run.left(call, "its layer is not among those to tie")
+                    return proceed(call)
+                visible = _padding(call)
+                output = hierarchical_attention(
+                    call.query,
+                    call.key,
+                    call.value,
+                    None if visible is None else visible[:, None, None, :],
+                    scale=call.scale,
+                    enable_gqa=call.enable_gqa,
+                    tree=self.tree,
+                    include_self=self.include_self,
+                )
+                run.edited(call, range(call.num_heads), output[..., 0].numel())
+                return output
 
-        return tap(model, tie)
+            return tie
+
+        return with_counters(model, start, name="HierarchicalAttention")
 
     def _number(self, model: nn.Module) -> frozenset[int]:
         found = {layer_of(model, name) for name, _ in model.named_modules()} - {None}

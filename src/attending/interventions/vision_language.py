@@ -1,6 +1,6 @@
 """Where the language model is in a model, what its layers are given, and what of it is image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,11 @@ def language_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"{found}. Give the language model itself."
         )
     return {f"{prefix}.{name}" if prefix else name: blocks[name] for name in names}
+
+
+def layer_number(name: str, layers: Sequence[str]) -> int | None:
+    """Which of the layers a module is in, by its name and theirs; None if in none of them."""
+    return next((i for i, layer in enumerate(layers) if f"{name}.".startswith(f"{layer}.")), None)
 
 
 def hidden_argument(
