@@ -63,11 +63,9 @@ def train(
     check_folder(folder, "--out")
     settings: dict[str, Any] = {} if steps is None else {"steps": steps}
     measured = zoo.train(name, folder, resume=not fresh, **settings)
-    last = measured["curve"][-1]
-    say(
-        f"{measured['step']} steps, {measured['seconds']:.0f} seconds: "
-        f"{last['held_out_starts_bits_per_byte']:.3f} held-out bits per byte"
-    )
+    last = {name: value for name, value in measured["curve"][-1].items() if name != "step"}
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in last.items())
+    say(f"{measured['step']} steps, {measured['seconds']:.0f} seconds: {figures}")
     say(f"wrote {folder}; next: attending zoo export {name} {folder} FOLDER")
 
 
@@ -85,8 +83,7 @@ def export(
         raise CommandError(f"RUN_DIR {run_dir} is no folder; run attending zoo train {name} first")
     check_folder(folder, "FOLDER")
     card = zoo.export(name, run_dir, folder)
-    bits = card["held_out"]["all"]["bits_per_byte"]
-    say(f"wrote {folder}: {card['parameters']:,} parameters, {bits:.3f} held-out bits per byte")
+    say(f"wrote {folder}: {card['parameters']:,} parameters, {card['headline']}")
     say(f"next: attending diagnose {folder}")
 
 

@@ -19,9 +19,8 @@ TEXTURES = ("solid", "striped", "dotted")
 SIZES = ("small", "medium", "big")
 BACKGROUNDS = ("plain", "shaded", "striped", "grainy")
 
-# Generators are seeded below this number for training and from it on for everything else.  PyTorch's
-# generator of the CPU looks at the lowest 32 bits of a seed alone, so larger numbers would be the
-# same ones again.
+# Generators are seeded below this number for training, and from it on for everything else.  Of a
+# seed, PyTorch's generator of the CPU uses the lowest 32 bits alone: 2**32 is 0 again.
 HELD_OUT_SEED = 2**31
 MIN_OBJECTS, MAX_OBJECTS = 2, 6
 # Half the width of an object of each size, as a fraction of the image's side.

@@ -62,8 +62,10 @@ class Recipe:
     """How a model is made.
 
     Attributes:
-        train: ``(out_dir, settings, resume, export_to)`` to what was measured during training.
-        export: ``(out_dir, folder)``, the finished run and where to ship it, to the data card.
+        train: ``(out_dir, settings, resume, export_to)`` to what was measured during training;
+            of it, ``step``, ``seconds`` and ``curve`` are there for every recipe.
+        export: ``(out_dir, folder)``, the finished run and where to ship it, to the data card, in
+            which ``parameters`` and ``headline``, its one figure in words, are always there.
     """
 
     train: Callable[[Path, Mapping[str, Any], bool, Path | None], dict[str, Any]]

@@ -148,6 +148,7 @@ def export(out_dir: str | Path, folder: str | Path, *, root: Path | None = None)
         "seconds": state["seconds"],
         "tokens_per_second": tokens_seen / state["seconds"],
         "curve": state["curve"],
+        "headline": f"{results['all']['bits_per_byte']:.3f} held-out bits per byte",
         "held_out": {
             **results,
             "files": measured,

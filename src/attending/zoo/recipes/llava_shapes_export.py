@@ -137,6 +137,7 @@ def export(out_dir: str | Path, folder: str | Path, *, scenes: int = 300) -> dic
     stored = llava_shapes.load(path=target)  # measured as users will meet it
     steps = state["step"]
     seen = min(steps, recipe.vision_steps)
+    figures = measure(stored, scenes)
     card = {
         "name": "llava-shapes",
         "finished": steps == recipe.steps,
@@ -150,7 +151,10 @@ def export(out_dir: str | Path, folder: str | Path, *, scenes: int = 300) -> dic
         "machine": state["machine"],
         "seconds": state["seconds"],
         "curve": state["curve"],
-        "held_out": {"seed": CARD_SEED, "scenes": scenes, **measure(stored, scenes)},
+        "headline": (
+            f"{figures['pope_adversarial']['accuracy']:.1%} of held-out adversarial questions right"
+        ),
+        "held_out": {"seed": CARD_SEED, "scenes": scenes, **figures},
         "sample": _sample(stored),
         "limits": list(LIMITS),
     }

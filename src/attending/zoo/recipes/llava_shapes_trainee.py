@@ -123,7 +123,8 @@ class TwoOptimizers:
     """
 
     def __init__(self, model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             inner = ".layers." in name or "multi_modal_projector" in name
             (matrices if inner and parameter.ndim == 2 else others).append(parameter)
