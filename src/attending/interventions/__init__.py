@@ -46,6 +46,9 @@ if TYPE_CHECKING:
         VisualAttentionRedistribution as VisualAttentionRedistribution,
     )
     from attending.interventions.visual_token_pruning import (
+        VisualTokenPruning as VisualTokenPruning,
+    )
+    from attending.interventions.visual_token_pruning import (
         prune_visual_tokens as prune_visual_tokens,
     )
 
@@ -57,6 +60,7 @@ _MODULES = {
     "LogitScaling": "logit_scaling",
     "Run": "intervention",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
+    "VisualTokenPruning": "visual_token_pruning",
     "edit_masses": "edit",
     "load_settings": "settings",
     "prune_visual_tokens": "visual_token_pruning",

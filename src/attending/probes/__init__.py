@@ -12,6 +12,7 @@ Each probe is a module; import the one you need.
 - `attending.probes.quantization`: what rounding to few bits costs a model.
 - `attending.probes.cls_attention`: the patches that a vision tower's class token looks at, and the
   outliers among them; `attending.probes.patch_watch`: the same from a model while it runs.
+- `attending.probes.visual_tokens`: effective rank and attention entropy of image tokens.
 - `attending.probes.set_targets`: functions on sets of keys, to see what a model learns.
 - `attending.probes.hallucination`: POPE and CHAIR, whether a model sees what is not there.
 - `attending.probes.text`: repetition and diversity of texts.
