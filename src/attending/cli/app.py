@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from attending.cli import demo, diagnose, papers, zoo
+from attending.cli import demo, diagnose, papers, trial, zoo
 from attending.cli.console import complain, say
 from attending.cli.errors import CommandError, one_line
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("diagnose")(diagnose.command)
+app.command("trial")(trial.command)
 app.command("demo")(demo.command)
 app.command("papers")(papers.list_papers)
 app.command("reproduce")(papers.reproduce)

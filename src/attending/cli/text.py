@@ -41,7 +41,7 @@ class Batches:
     whole: bool
 
 
-def batches(loaded: LoadedModel, text: str, max_tokens: int) -> Batches:
+def batches(loaded: LoadedModel, text: str, max_tokens: int, longest: int | None = None) -> Batches:
     """The first `max_tokens` tokens of the text, as the model takes them.
 
     An encoder-decoder reads each window twice: the encoder as it is, the decoder shifted by one
@@ -51,6 +51,8 @@ def batches(loaded: LoadedModel, text: str, max_tokens: int) -> Batches:
         loaded: Its tokenizer and context decide the windows.
         text: Anything that is not only whitespace.
         max_tokens: At most so many, special tokens included.
+        longest: Windows of at most so many tokens, special ones included, even where the model
+            could hold more.
 
     Raises:
         CommandError: The text has no tokens, or not one token fits.
@@ -59,7 +61,7 @@ def batches(loaded: LoadedModel, text: str, max_tokens: int) -> Batches:
     ids, prefix, suffix = _encode(loaded.tokenizer, cut)
     if not ids:
         raise CommandError(f"the tokenizer of {loaded.name} finds no token in the text; give more")
-    longest = int(min(_context(loaded), max_tokens))
+    longest = int(min(_context(loaded), max_tokens, longest or max_tokens))
     special = len(prefix) + len(suffix)
     if longest <= special:
         raise CommandError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDTH = 100
-_GAP = 2
+_GAP = 3  # as rich has it
 _STYLES = {"better": "green", "worse": "red", "": ""}
 HINT = "to_frame() has every number; to_html(path) writes a page; to_json(path) every sample."
 

@@ -9,7 +9,7 @@ its note.
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -41,32 +41,56 @@ class Contender:
         name: as the user called it.
         stack: its methods, the outermost first; empty for the plain model.
         status: whether it (still) runs.
-        notes: what its blocks warned of and why it stopped, each once.
+        heard: what its blocks warned of and why it stopped, each once, and in what parts of the
+            trial.
         counts: what its methods counted in their last block.
     """
 
     name: str
     stack: tuple[Method, ...]
     status: Status = "ran"
-    notes: list[str] = dataclasses.field(default_factory=list)
+    heard: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     counts: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, part: str = "") -> None:
         """Keep a note, in one line and once."""
         line = " ".join(text.split())
-        if line and line not in self.notes:
-            self.notes.append(line)
+        if line:
+            self.heard.setdefault(line, set()).add(part)
+
+    def notes(self, parts: Collection[str]) -> list[str]:
+        """The notes; those of some of the trial's parts and not of others name them.
+
+        Args:
+            parts: of the trial, such as "forward pass" and "generation".
+        """
+        found = []
+        for line, where in self.heard.items():
+            some = [part for part in parts if part in where]
+            everywhere = "" in where or len(some) == len(parts) or self.status != "ran"
+            found.append(line if everywhere else f"in {' and '.join(some)}: {line}")
+        return found
 
     def run(
-        self, model: nn.Module, work: Callable[[], Result], prompt_length: int | None = None
+        self,
+        model: nn.Module,
+        work: Callable[[], Result],
+        prompt_length: int | Tensor | None = None,
+        *,
+        part: str = "",
+        quiet: tuple[type[Exception], ...] = (),
     ) -> Result | None:
         """Do the work within the contender's block.
 
         Args:
             model: of the trial.
             work: called within the block.
-            prompt_length: how many tokens of each sequence are the prompt, for methods that look
-                for something in the prompt only and would else take the whole for it.
+            prompt_length: how many tokens of each sequence, padding before them included, are the
+                prompt, for methods that look for something in the prompt only and would else take
+                the whole for it.
+            part: of the trial, for the notes.
+            quiet: warnings that are no note here, and errors that are none if they come when the
+                work is done: that a block was of no use for it.
 
         Returns:
             What the work returned; None if the block could not run, which the notes then say.
@@ -74,16 +98,19 @@ class Contender:
         Raises:
             Exception: what the work raised, if this is the plain model: the trial has no ground.
         """
+        done: list[Result] = []
         try:
-            with self._noted(), ExitStack() as blocks:
+            with self._noted(part, quiet), ExitStack() as blocks:
                 runs = [
                     blocks.enter_context(_block(method, model, prompt_length))
                     for method in self.stack
                 ]
-                result = work()
+                done.append(work())
                 self.counts = _counts(self.stack, runs)
-                return result
+            return done[0]
         except Exception as error:
+            if done and isinstance(error, quiet):
+                return done[0]
             if not self.stack:
                 raise
             self.status = "not applicable" if isinstance(error, _REFUSALS) else "failed"
@@ -93,7 +120,7 @@ class Contender:
             return None
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _noted(self, part: str, quiet: tuple[type[Exception], ...]) -> Iterator[None]:
         """Warnings for the user become notes; those for developers go on as they would."""
         caught: list[warnings.WarningMessage] = []
         try:
@@ -102,8 +129,10 @@ class Contender:
                 yield
         finally:
             for one in caught:
+                if issubclass(one.category, quiet):
+                    continue
                 if issubclass(one.category, UserWarning):
-                    self.note(str(one.message))
+                    self.note(str(one.message), part)
                 else:
                     warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
@@ -163,7 +192,7 @@ def takes_prompt_length(method: object) -> bool:
 
 
 def _block(
-    method: Method, model: nn.Module, prompt_length: int | None
+    method: Method, model: nn.Module, prompt_length: int | Tensor | None
 ) -> AbstractContextManager[Any]:
     if prompt_length is not None and takes_prompt_length(method):
         block: AbstractContextManager[Any] = method(model, prompt_length=prompt_length)  # type: ignore[call-arg]

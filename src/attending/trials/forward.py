@@ -7,20 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attending.decoding.generating import DecodingWarning
 from attending.taps.running import first_tensor, run_model
 from attending.trials import quality
-from attending.trials.contenders import Contender
+from attending.trials.contenders import Contender, Result
 from attending.trials.memory import peak_memory
 from attending.trials.quality import Outputs, Scores
 from attending.trials.samples import Measure, Samples
 from attending.trials.stages import Clock, Found, device_of_batches, memory, speed
 
 Forward = Callable[[nn.Module, Any], Any]
+# A way to decode has nothing to do in a forward pass, and need not say so here.
+QUIET = (DecodingWarning,)
 _TRACE = 1e-4  # relative change of the plain outputs that no nondeterminism explains
 
 
 class ForwardStage:
     """The batches through the model: quality of the outputs, drift, speed, memory."""
+
+    part = "a forward pass"
 
     def __init__(
         self,
@@ -52,11 +57,7 @@ class ForwardStage:
             for contender in contenders:
                 if contender.status != "ran":
                     continue
-                found = contender.run(
-                    self.model,
-                    partial(self.forward, self.model, batch),
-                    self.prompt_length,
-                )
+                found = self._run(contender, batch, partial(self.forward, self.model, batch))
                 outputs = None if found is None else quality.outputs_of(found)
                 del found
                 if contender.status == "ran" and outputs and reference and what:
@@ -66,16 +67,16 @@ class ForwardStage:
                 step(contender.name)
         for contender in contenders:
             if contender.status == "ran":
-                work = partial(peak_memory, self.model, self._once)
-                peak = contender.run(self.model, work, self.prompt_length)
+                peak = self._peak(contender)
                 if peak is not None:
                     self.memory[contender.name] = peak
 
     def repeat(self, contender: Contender, number: int) -> None:
-        """Time all batches."""
-        start = self.clock.read()
-        self._once()
-        self.seconds.setdefault(contender.name, []).append(self.clock.read() - start)
+        """Time all batches, each in a block of its own."""
+        seconds = 0.0
+        for batch in self.batches:
+            seconds += self._run(contender, batch, partial(self._timed, batch)) or 0.0
+        self.seconds.setdefault(contender.name, []).append(seconds)
 
     def finish(self, contenders: Sequence[Contender]) -> tuple[list[Measure], Found]:
         """Quality per sequence, speed per repeat."""
@@ -100,9 +101,31 @@ class ForwardStage:
             found[name] = columns
         return [*quality.MEASURES, own, peak], found
 
-    def _once(self) -> None:
+    def prompt_places(self, batch: Any) -> int | Tensor | None:
+        """The length of the prompts with the padding before them: one, or one for each sequence."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if self.prompt_length is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return self.prompt_length
+        padding = (mask.cumsum(1) == 0).sum(1)
+        return self.prompt_length + padding if bool(padding.any()) else self.prompt_length
+
+    def _run(self, contender: Contender, batch: Any, work: Callable[[], Result]) -> Result | None:
+        places = self.prompt_places(batch)
+        return contender.run(self.model, work, places, part=self.part, quiet=QUIET)
+
+    def _timed(self, batch: Any) -> float:
+        start = self.clock.read()
+        self.forward(self.model, batch)
+        return self.clock.read() - start
+
+    def _peak(self, contender: Contender) -> int | None:
+        """The most of any batch."""
+        peaks = []
         for batch in self.batches:
-            self.forward(self.model, batch)
+            work = partial(peak_memory, self.model, partial(self.forward, self.model, batch))
+            peaks.append(self._run(contender, batch, work))
+        known = [peak for peak in peaks if peak is not None]
+        return max(known) if known else None
 
     def _count(self, batch: Any, reference: Outputs | None, what: quality.Scored | None) -> None:
         given = batch if isinstance(batch, Mapping) else {"input_ids": first_tensor(batch)}

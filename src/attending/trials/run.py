@@ -1,7 +1,6 @@
 """The trial of methods on a model: plain and under each, on the same inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ def trial(
         )
         if metrics:
             stages.append(MetricStage(model, _checked(metrics), seed))
-        _run(model, contenders, stages, repeats, seed, prompt_length, progress)
+        _run(contenders, stages, repeats, seed, progress)
     measures, found = _finished(stages, contenders)
     _note_what_changed_nothing(stages, contenders)
     if prompt_length is None and any(measure.name == "perplexity" for measure in measures):
@@ -134,7 +133,7 @@ def trial(
                 name=one.name,
                 methods=[described(method) for method in one.stack],
                 status=one.status,
-                notes=one.notes,
+                notes=one.notes([stage.part for stage in stages if stage.part]),
                 samples=found.get(one.name, {}),
                 counts=one.counts,
                 texts=texts.get(one.name, []) if one.status == "ran" else [],
@@ -188,12 +187,10 @@ def _stages(
 
 
 def _run(
-    model: nn.Module,
     contenders: Sequence[Contender],
     stages: Sequence[Stage],
     repeats: int,
     seed: int,
-    prompt_length: int | None,
     progress: bool | None,
 ) -> None:
     from tqdm.auto import tqdm
@@ -211,29 +208,10 @@ def _run(
             stage.compare(contenders, step)
         for number in range(repeats):
             for contender in shuffled(contenders, seed + number):
-                if contender.status == "ran":
-                    for stages_of_block in _blocks(stages):
-                        first = stages_of_block[0]
-                        length = prompt_length if isinstance(first, ForwardStage) else None
-                        work = partial(_repeat, stages_of_block, contender, number)
-                        contender.run(model, work, length)
+                for stage in stages:
+                    if contender.status == "ran":
+                        stage.repeat(contender, number)
                 step(contender.name)
-
-
-def _blocks(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """The stages that share a block: metrics, which may run nothing, go with what is before."""
-    blocks: list[list[Stage]] = []
-    for stage in stages:
-        if isinstance(stage, MetricStage) and blocks:
-            blocks[-1].append(stage)
-        else:
-            blocks.append([stage])
-    return blocks
-
-
-def _repeat(stages: Sequence[Stage], contender: Contender, number: int) -> None:
-    for stage in stages:
-        stage.repeat(contender, number)
 
 
 def _finished(
@@ -257,7 +235,10 @@ def _note_what_changed_nothing(stages: Sequence[Stage], contenders: Sequence[Con
     for contender in contenders:
         same = [stage.same[contender.name] for stage in stages if contender.name in stage.same]
         if contender.stack and contender.status == "ran" and same and all(same):
-            contender.note(f"all that it gave is bit for bit that of {plain.name!r}")
+            text = f"all that it gave is bit for bit that of {plain.name!r}"
+            if not any(isinstance(stage, GenerationStage | TaskStage) for stage in stages):
+                text += "; a way to decode shows with generate=..."
+            contender.note(text)
 
 
 def _note_who_saw_all(contenders: Sequence[Contender]) -> None:

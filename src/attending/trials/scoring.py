@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypeIs
 
+from attending.taps import TapError
 from attending.trials.contenders import Contender
 from attending.trials.memory import peak_memory
 from attending.trials.samples import Measure, Samples
@@ -17,6 +17,8 @@ from attending.trials.tasks import Score, Task
 
 class TaskStage:
     """A task: its scores, how fast it is done, memory."""
+
+    part = "the task"
 
     def __init__(self, model: nn.Module, task: Task, device: torch.device, seed: int) -> None:
         self.model, self.task, self.seed = model, task, seed
@@ -33,7 +35,9 @@ class TaskStage:
             if contender.status == "ran":
                 torch.manual_seed(self.seed)
                 run = partial(self.task.run, self.model)
-                peak = contender.run(self.model, partial(peak_memory, self.model, run))
+                peak = contender.run(
+                    self.model, partial(peak_memory, self.model, run), part=self.part
+                )
                 if peak is not None:
                     self.memory[contender.name] = peak
                 step(contender.name)
@@ -41,15 +45,15 @@ class TaskStage:
     def repeat(self, contender: Contender, number: int) -> None:
         """Do the task, and time it."""
         torch.manual_seed(self.seed + number)
-        start = self.clock.read()
-        scores = self.task.run(self.model)
-        self.seconds.setdefault(contender.name, []).append(self.clock.read() - start)
-        self.scores.setdefault(contender.name, []).append(scores)
+        timed = contender.run(self.model, self._timed, part=self.part)
+        if timed is not None:
+            self.seconds.setdefault(contender.name, []).append(timed[0])
+            self.scores.setdefault(contender.name, []).append(timed[1])
 
     def finish(self, contenders: Sequence[Contender]) -> tuple[list[Measure], Found]:
         """Scores per item, averaged over repeats, or per repeat; speed per repeat."""
         plain = self.scores[contenders[0].name]
-        items = max((len(s) for s in plain[0].values() if not _is_number(s)), default=0)
+        items = max((len(s) for s in plain[0].values() if isinstance(s, Sequence)), default=0)
         known = {measure.name: measure for measure in getattr(self.task, "measures", ())}
         measures: dict[str, Measure] = {}
         found: Found = {}
@@ -75,9 +79,16 @@ class TaskStage:
         )
         return [*measures.values(), own, memory("task_memory", "Task memory", "the task")], found
 
+    def _timed(self) -> tuple[float, Mapping[str, Score]]:
+        start = self.clock.read()
+        scores = self.task.run(self.model)
+        return self.clock.read() - start, scores
+
 
 class MetricStage:
     """The user's own metrics: numbers of a model, once a repeat."""
+
+    part = ""
 
     def __init__(
         self, model: nn.Module, metrics: Mapping[str, Callable[[nn.Module], float]], seed: int
@@ -93,9 +104,11 @@ class MetricStage:
     def repeat(self, contender: Contender, number: int) -> None:
         """Take all metrics."""
         torch.manual_seed(self.seed + number)
+        # A metric may run nothing of the model, or only a forward, or only generate.
+        taken = contender.run(self.model, self._taken, quiet=(UserWarning, TapError))
         own = self.values.setdefault(contender.name, {name: [] for name in self.metrics})
-        for name, metric in self.metrics.items():
-            own[name].append(float(metric(self.model)))
+        for name, value in (taken or {}).items():
+            own[name].append(value)
 
     def finish(self, contenders: Sequence[Contender]) -> tuple[list[Measure], Found]:
         """A sample per repeat."""
@@ -108,6 +121,9 @@ class MetricStage:
             for one in contenders
         }
 
+    def _taken(self) -> dict[str, float]:
+        return {name: float(metric(self.model)) for name, metric in self.metrics.items()}
+
 
 def _of_score(
     name: str,
@@ -119,7 +135,7 @@ def _of_score(
     if _is_number(first):
         measure = Measure(name, name, "", "A score of the task.", None, "mean", "repeat")
         return known.get(name, measure), Samples(tuple(float(value) for value in values))
-    if len(first) and isinstance(first[0], str):
+    if isinstance(first, Sequence) and first and isinstance(first[0], str):
         name = f"same_{name}"
         words = "The share of items at which the model says what the plain model says."
         measure = Measure(name, f"Same {name[5:]}", "share", words, None, "mean", "item", True)
@@ -133,5 +149,5 @@ def _of_score(
     return known.get(name, measure), over_repeats([[float(x) for x in one] for one in values])
 
 
-def _is_number(score: Score) -> TypeIs[float]:
+def _is_number(score: Score) -> TypeGuard[float]:
     return isinstance(score, int | float) or (isinstance(score, Tensor) and score.dim() == 0)

@@ -22,10 +22,12 @@ class Stage(Protocol):
     """A part of a trial.
 
     Attributes:
+        part: what the notes call it; "" if it has none.
         steps: so many of `compare` for each contender.
         same: whether all that a contender gave is that of the plain model, where that is known.
     """
 
+    part: str
     steps: int
     same: dict[str, bool]
 
@@ -33,7 +35,7 @@ class Stage(Protocol):
         """Once, before the repeats; `step(name)` is called after each contender."""
 
     def repeat(self, contender: Contender, number: int) -> None:
-        """In the contender's block, once in every repeat."""
+        """Once in every repeat: what it does goes through `contender.run`."""
 
     def finish(self, contenders: Sequence[Contender]) -> tuple[list[Measure], Found]:
         """What was found, of the contenders that ran to the end; the first is the plain model."""

@@ -1,12 +1,18 @@
 """What a trial measures besides outputs and text: tasks, which have a score."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
+from attending.probes.hallucination import parse_yes_no
 from attending.trials.samples import Measure
+from attending.zoo import shapes
+from attending.zoo.entry import ZooModel
+from attending.zoo.shapes_tasks import answer_questions
 
 Score: TypeAlias = float | Sequence[float] | Sequence[str]
 """A number; or a number for each item; or a text for each item, to compare with plain's."""
@@ -33,7 +39,10 @@ class Task(Protocol):
         name: for people.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
 
     def run(self, model: nn.Module) -> Mapping[str, Score]:
         """Let the model do it.
@@ -46,53 +55,78 @@ class Task(Protocol):
         ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesPope:
     """POPE on images of coloured shapes: "Is there a red circle in the image?", yes or no.
 
-    Half of the questions name what is there. The others name what is not: anything ("random"), what
-    is frequent ("popular"), or what often comes with what is there ("adversarial"). Scores are the
-    accuracy, and the share of "yes": far above a half, the model hallucinates by agreeing.
+    Half of the questions ask for what is there. The others ask for what is not: anything
+    ("random"), what is frequent ("popular"), or what often comes with what is there
+    ("adversarial"). Accuracy alone hides a model that agrees to everything, so there is the share
+    of "yes", too, of which one half is right.
+
+        task = ShapesPope(zoo.load("llava-shapes"))
+        at.trial(task.model, task, {"damro": DAMRO()})
 
     Attributes:
-        zoo_model: a model that `attending.zoo.load` gave, with its tokenizer and processor; what is
-            run is the model that the trial hands over.
+        zoo_model: a model that sees with its processor, such as `zoo.load("llava-shapes")`; what is
+            run is the model that a trial hands over.
         kind: which questions, see above.
-        scenes: how many images.
-        seed: of the images and questions.
+        scenes: how many images, six questions each.
+        seed: of images and questions; none of the images was trained on.
         batch_size: questions at once.
-        name: for people.
+        generate_kwargs: for `model.generate`, beside greedy decoding.
     """
 
-    zoo_model: Any
+    zoo_model: ZooModel
     kind: str = "adversarial"
-    scenes: int = 32
+    scenes: int = 24
     seed: int = 0
-    batch_size: int = 32
-    name: str = "shapes-pope"
-    measures: list[Measure] = field(
-        default_factory=lambda: [
-            Measure(
-                "accuracy",
-                "Accuracy",
-                "share",
-                "The share of questions that were answered rightly.",
-                "higher",
-                "mean",
-                "question",
-            ),
-            Measure(
-                "yes_ratio",
-                "Said yes",
-                "share",
-                'The share of questions that were answered "yes"; right is one half.',
-                None,
-                "mean",
-                "question",
-            ),
+    batch_size: int = 48
+    generate_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"shapes-pope, {self.kind}, {len(self.asked[1])} questions"
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of `zoo_model`."""
+        model: nn.Module = self.zoo_model.model
+        return model
+
+    @property
+    def measures(self) -> list[Measure]:
+        """What its scores are."""
+        right = "The share of questions that were answered rightly."
+        yes = 'The share of questions that were answered "yes"; one half is right.'
+        said = "The share of questions with the answer that the plain model gives."
+        return [
+            Measure("accuracy", "Accuracy", "share", right, "higher", "mean", "question"),
+            Measure("yes_ratio", "Said yes", "share", yes, None, "mean", "question"),
+            Measure("same_answers", "Same answer", "share", said, None, "mean", "question", True),
         ]
-    )
+
+    @functools.cached_property
+    def asked(self) -> tuple[list[shapes.Scene], list[shapes.Question]]:
+        """The images and the questions."""
+        scenes = shapes.make_scenes(self.scenes, self.seed)
+        return scenes, shapes.pope_questions(scenes, self.kind, self.seed)
 
     def run(self, model: nn.Module) -> Mapping[str, Score]:
         """Ask all questions."""
-        raise NotImplementedError
+        scenes, questions = self.asked
+        answers = answer_questions(
+            dataclasses.replace(self.zoo_model, model=model),
+            scenes,
+            questions,
+            batch_size=self.batch_size,
+            generate_kwargs=self.generate_kwargs,
+        )
+        said = [parse_yes_no(answer, "first_word") for answer in answers]
+        truth = [question.answer == "yes" for question in questions]
+        return {
+            "accuracy": [float(a is b) for a, b in zip(said, truth, strict=True)],
+            "yes_ratio": [float(a is True) for a in said],
+            "answers": answers,
+        }

@@ -18,6 +18,8 @@ from attending.trials.stages import Clock, Found, device_of_batches, memory, ove
 class GenerationStage:
     """Text after the beginnings of the inputs: diversity, sameness, speed, memory."""
 
+    part = "generation"
+
     def __init__(
         self,
         model: nn.Module,
@@ -38,7 +40,9 @@ class GenerationStage:
         for contender in contenders:
             if contender.status == "ran":
                 torch.manual_seed(self.seed)
-                peak = contender.run(self.model, partial(peak_memory, self.model, self._write))
+                peak = contender.run(
+                    self.model, partial(peak_memory, self.model, self._write), part=self.part
+                )
                 if peak is not None:
                     self.memory[contender.name] = peak
                 step(contender.name)
@@ -46,11 +50,12 @@ class GenerationStage:
     def repeat(self, contender: Contender, number: int) -> None:
         """Time the writing; where it is a matter of chance, each repeat has its own seed."""
         torch.manual_seed(self.seed + number)
-        start = self.clock.read()
-        found = self._write()
-        self.seconds.setdefault(contender.name, []).append(self.clock.read() - start)
-        texts = [text for written in found for text in written.texts]
-        self.texts.setdefault(contender.name, []).append(texts)
+        timed = contender.run(self.model, self._timed, part=self.part)
+        if timed is not None:
+            seconds, found = timed
+            self.seconds.setdefault(contender.name, []).append(seconds)
+            texts = [text for written in found for text in written.texts]
+            self.texts.setdefault(contender.name, []).append(texts)
 
     def finish(self, contenders: Sequence[Contender]) -> tuple[list[Measure], Found]:
         """Diversity per text, averaged over repeats; speed per repeat."""
@@ -86,6 +91,11 @@ class GenerationStage:
             found[name] = columns
             self.same[name] = repeats == plain
         return [*generation.MEASURES, own, peak], found
+
+    def _timed(self) -> tuple[float, list[Written]]:
+        start = self.clock.read()
+        found = self._write()
+        return self.clock.read() - start, found
 
     def _write(self) -> list[Written]:
         return [generation.written(self.model, prompt, self.settings) for prompt in self.prompts]
