@@ -93,7 +93,7 @@ def test_each_sample_sees_its_own_source_only(
     torch.testing.assert_close(again[source_mask], output[source_mask], rtol=1e-10, atol=1e-10)
     # One by one, from what was kept of the source, and in another order of the batch.
     memory = layer.encode(source, cropped)
-    steps = [layer.attend(hidden[:, i : i + 1], memory) for i in range(tokens)]
+    steps = [layer(hidden[:, i : i + 1], memory) for i in range(tokens)]
     torch.testing.assert_close(torch.cat(steps, 1), output, rtol=1e-10, atol=1e-10)
     flipped = layer(hidden.flip(0), source.flip(0), cropped.flip(0))
     torch.testing.assert_close(flipped.flip(0), output, rtol=1e-10, atol=1e-10)
@@ -158,6 +158,9 @@ def test_half_precision_and_head_dim() -> None:
 
 
 def test_refusals() -> None:
+    layer, states = PartialAttention(8, 2), torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match="source_mask, source_rotary: expected None beside a Sour"):
+        layer(states, layer.encode(states), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"source_map: expected one of silu_residual, .*'relu'"):
         PartialAttention(8, 2, source_map="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="init: expected one of random, zero, gate, got 'clone'"):

@@ -130,25 +130,38 @@ class PartialAttention(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch tokens embed_dim"],
-        source: Float[Tensor, "batch source embed_dim"],
+        source: Float[Tensor, "batch source embed_dim"] | SourceMemory,
         source_mask: Bool[Tensor, "batch source"] | None = None,
         *,
         query_rotary: Rotary | None = None,
         source_rotary: Rotary | None = None,
     ) -> Float[Tensor, "batch tokens embed_dim"]:
-        """`attend` to what `encode` makes of a source.
+        """Attend: a whole sequence, or the token that is decoded, to the source.
 
         Args:
             hidden: the states that ask, after the block's norm if it is pre-norm.
-            source: the states of the source tokens in the same layer.
+            source: the states of the source tokens in the same layer; or what `encode` made of
+                them, which goes without `source_mask` and `source_rotary`.
             source_mask: True for source tokens, False for padding and what belongs to the target.
             query_rotary, source_rotary: cosine and sine of the positions, to turn queries and keys;
                 no positions by default. The target's start at 0 again in the third-party code.
 
         Returns:
             What is added to the hidden states; 0 for a sample without source.
+
+        Raises:
+            ValueError: for a mask of another shape, or one beside a `SourceMemory`.
         """
-        return self.attend(hidden, self.encode(source, source_mask, source_rotary), query_rotary)
+        if isinstance(source, Tensor):
+            return self._attend(
+                hidden, self.encode(source, source_mask, source_rotary), query_rotary
+            )
+        if source_mask is not None or source_rotary is not None:
+            raise ValueError(
+                "source_mask, source_rotary: expected None beside a SourceMemory, which has them "
+                "in it already; pass them to encode."
+            )
+        return self._attend(hidden, source, query_rotary)
 
     def encode(
         self,
@@ -172,13 +185,7 @@ class PartialAttention(nn.Module):
             key = rotate(key, *rotary)
         return SourceMemory(key, self._split(self.v_proj(mapped), self.num_kv_heads), source_mask)
 
-    def attend(
-        self,
-        hidden: Float[Tensor, "batch tokens embed_dim"],
-        memory: SourceMemory,
-        rotary: Rotary | None = None,
-    ) -> Float[Tensor, "batch tokens embed_dim"]:
-        """The output for any number of tokens: a whole sequence, or the one that is decoded."""
+    def _attend(self, hidden: Tensor, memory: SourceMemory, rotary: Rotary | None) -> Tensor:
         if not memory.key.shape[2]:
             return torch.zeros_like(hidden)
         query = self._split(self.q_proj(hidden), self.num_heads)
