@@ -104,7 +104,7 @@ def settings(scale: Scale) -> dict[str, Any]:
     """What determines a run but its seed. `full` was never run."""
     return {
         "smoke": {"scenes": 2, "per_scene": 1, "captions": 2, "calibration": 2},
-        "small": {"scenes": 40, "per_scene": 2, "captions": 40, "calibration": 16},
+        "small": {"scenes": 50, "per_scene": 3, "captions": 50, "calibration": 16},
         "full": {"scenes": 500, "per_scene": 3, "captions": 500, "calibration": 100},
     }[scale]
 
