@@ -20,7 +20,7 @@ RGB = {
 }
 # How much of the contrasting colour the marks of a texture take.
 MARK = 0.45
-GRAIN = {"plain": 0.02, "shaded": 0.02, "striped": 0.02, "grainy": 0.09}
+GRAIN = {"plain": 0.06, "shaded": 0.06, "striped": 0.06, "grainy": 0.14}
 PERIOD = 0.1  # of stripes and dots, as a fraction of the image's side
 
 
@@ -37,7 +37,8 @@ def render(batch: SceneBatch, size: int) -> Float[Tensor, "scenes 3 size size"]:
     for slot in range(batch.shape.shape[1]):
         mark = marks[:, slot, None]
         color = paint[:, slot, :, None, None] * (1 - mark) + marked[:, slot, :, None, None] * mark
-        image = image + coverage[:, slot, None] * (color - image)
+        opacity = batch.opacity[:, slot, None, None, None]
+        image = image + coverage[:, slot, None] * opacity * (color - image)
     return (image + _grain(batch, size)).clamp(0, 1)
 
 

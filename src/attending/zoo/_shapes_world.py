@@ -24,7 +24,8 @@ BACKGROUNDS = ("plain", "shaded", "striped", "grainy")
 HELD_OUT_SEED = 2**31
 MIN_OBJECTS, MAX_OBJECTS = 2, 6
 # Half the width of an object of each size, as a fraction of the image's side.
-RADII = (0.11, 0.14, 0.17)
+RADII = (0.095, 0.13, 0.165)
+FAINTEST = 0.3  # opacity of an object that is hard to make out
 CELLS = 3  # objects stand near the centres of different cells of a 3 x 3 grid
 JITTER = 0.06
 
@@ -63,6 +64,7 @@ class SceneBatch:
         radius: Half its width.
         angle: Rotation in radians.
         tint: Added to its colour.
+        opacity: How much of its colour covers what is behind it.
         background: Index into ``BACKGROUNDS``.
         shade: Colour of the background.
         grain: Seed of the noise of the pixels.
@@ -78,6 +80,7 @@ class SceneBatch:
     radius: Float[Tensor, "scenes slots"]
     angle: Float[Tensor, "scenes slots"]
     tint: Float[Tensor, "scenes slots"]
+    opacity: Float[Tensor, "scenes slots"]
     background: Int[Tensor, "scenes"]
     shade: Float[Tensor, "scenes 3"]
     grain: Int[Tensor, "scenes"]
@@ -143,6 +146,7 @@ def draw(
         radius=torch.tensor(RADII)[size] * uniform(0.95, 1.05, scenes, slots),
         angle=uniform(-math.pi / 12, math.pi / 12, scenes, slots),
         tint=uniform(-0.06, 0.06, scenes, slots),
+        opacity=uniform(FAINTEST, 1.0, scenes, slots),
         background=choice(len(BACKGROUNDS), scenes),
         shade=uniform(0.35, 0.65, scenes, 1) + uniform(-0.08, 0.08, scenes, 3),
         grain=choice(2**31, scenes),

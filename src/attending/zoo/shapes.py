@@ -8,9 +8,10 @@
 (torch.Size([3, 32, 32]), torch.Size([5, 32, 32]))
 
 A scene holds two to six objects on a plain or textured background.  It is a value: the same seed
-gives the same scene, ``dataclasses.replace`` edits it (take an object away, move one), and
-``image(size)`` paints it at any resolution.  Kinds of objects are not equally frequent and some
-go together, so the questions of POPE (random, popular, adversarial) are what they are on
+gives the same scene, ``dataclasses.replace`` edits it (take an object away, move one, let one
+fade), and ``image(size)`` paints it at any resolution.  Some objects are faint, so that seeing is
+not easy and a model may be led by what it expects.  Kinds of objects are not equally frequent and
+some go together, so the questions of POPE (random, popular, adversarial) are what they are on
 photographs; see :func:`pope_questions`.
 """
 
@@ -89,6 +90,7 @@ class SceneObject:
         radius: Half its width, as a fraction of the image's side.
         angle: Its rotation in radians.
         tint: What is added to the red, green and blue of its colour.
+        opacity: From 0 to 1, how much it covers what is behind it; faint objects are hard to see.
     """
 
     shape: str
@@ -100,6 +102,7 @@ class SceneObject:
     radius: float
     angle: float = 0.0
     tint: float = 0.0
+    opacity: float = 1.0
 
     @property
     def name(self) -> str:
@@ -234,6 +237,7 @@ def from_batch(batch: SceneBatch, size: int) -> list[Scene]:
                     radius=columns["radius"][i][j],
                     angle=columns["angle"][i][j],
                     tint=columns["tint"][i][j],
+                    opacity=columns["opacity"][i][j],
                 )
                 for j in range(columns["count"][i])
             ),
@@ -258,7 +262,7 @@ def _as_batch(scenes: Sequence[Scene]) -> SceneBatch:
     }
     numbers = {
         name: torch.tensor([[getattr(thing, name) for thing in row] for row in rows])
-        for name in ("x", "y", "radius", "angle", "tint")
+        for name in ("x", "y", "radius", "angle", "tint", "opacity")
     }
     return SceneBatch(
         count=torch.tensor([len(scene.objects) for scene in scenes]),

@@ -61,8 +61,8 @@ class LlavaShapesRecipe:
     layers: int = 5
     intermediate: int = 416
     context: int = 256
-    steps: int = 4200
-    vision_steps: int = 800
+    steps: int = 2800
+    vision_steps: int = 600
     vision_images: int = 96
     images: int = 24
     presence: int = 4
