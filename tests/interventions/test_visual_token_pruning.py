@@ -1,5 +1,6 @@
 """Pruning before the language model, held to short inputs that are made by hand."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from attending.interventions.visual_token_pruning import (
 from attending.probes.visual_tokens import visual_tokens
 from attending.sparse.merged_tokens import vision_zip
 from attending.sparse.visual_tokens import METHODS, select_tokens
+from attending.taps import tap
+from tests.decoding.models import llava, prompts
 from tests.interventions.llava import IMAGE, PATCHES, batch, make_llava, pixels, prompt
 
 BEFORE = [name for name in NAMES if name not in ("fastv", "sparsevlm")]
@@ -405,3 +408,29 @@ def test_eager_attention_is_enough_for_diversity() -> None:
     pruning = prune_visual_tokens(model, "agile", 5)
     with pytest.raises(ValueError, match="set_attn_implementation"), pruning:
         model(**inputs)
+
+
+def test_towers_without_a_class_token() -> None:
+    model = llava(siglip=True)
+    inputs = prompts([[3, 4, 5], [6, 7]])
+    tokens = visual_tokens(model, inputs["pixel_values"])
+    assert tokens.statistic == "received"
+    index = select_tokens(tokens.features, tokens.attention, 2, "fastervlm")
+    for selector in ("fastervlm", "visionzip", "prumerge+"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with prune_visual_tokens(model, selector, 2) as run, torch.no_grad():
+                out = model(**inputs)
+        assert cache_lengths(out.cache) == [inputs["input_ids"].shape[1] - 7] * 2
+        if selector == "fastervlm":
+            assert [one.tolist() for one in run.kept] == index.tolist()
+
+
+def test_other_handlers_see_the_short_sequence() -> None:
+    model = llava()
+    inputs = prompts([[3, 4, 5], [6, 7]])
+    with tap(model) as calls, prune_visual_tokens(model, "fastervlm", 2):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    decoder = [call for call in calls if "language_model" in call.name]
+    width = inputs["input_ids"].shape[1] - 7
+    assert [call.key_length for call in decoder[::2]] == [width, width + 1, width + 2]

@@ -6,6 +6,7 @@ for each image that it returns, what is kept of it. What it returns is unchanged
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attending.probes.patch_watch import prefix_tokens, vision_tower, watch_patches
 from attending.probes.visual_tokens import attention_layer
-from attending.taps import AttentionCall, Proceed, tap
+from attending.taps import AttentionCall, Proceed, TapWarning, tap
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ def _looking(
             watch = stack.enter_context(watch_patches(tower, where, reduce))  # type: ignore[arg-type]
         if needs.keys:
             stack.callback(projector.register_forward_pre_hook(hold).remove)
+            # SigLIP's pooling head makes no call that a tap sees, and nobody asks for it here.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", TapWarning)
             stack.enter_context(tap(tower, look_at_keys))
 
         def seen(features: Tensor) -> Seen:

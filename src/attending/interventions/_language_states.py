@@ -10,10 +10,13 @@ from torch import Tensor
 from attending.taps import AttentionCall
 
 States = Float[Tensor, "batch tokens dim"]
+Kept = Float[Tensor, "batch kept dim"]
 Columns = Int[Tensor, "batch kept"]
 
 
-def narrowed(kwargs: Mapping[str, Any], columns: Columns, held: Columns) -> dict[str, Any]:
+def narrowed(
+    kwargs: Mapping[str, Any], columns: Columns, held: Int[Tensor, "batch keys"]
+) -> dict[str, Any]:
     """What a layer gets besides hidden states, for some of the new tokens and some of the keys.
 
     Args:
@@ -58,11 +61,11 @@ def row_of(call: AttentionCall, row: Int[Tensor, " batch"]) -> tuple[Tensor, Ten
     return query, mask.gather(2, where)
 
 
-def take(states: States, columns: Columns) -> States:
+def take(states: States, columns: Columns) -> Kept:
     """The states of some tokens."""
     return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def put(states: States, columns: Columns, new: States) -> States:
+def put(states: States, columns: Columns, new: Kept) -> States:
     """The states with those of some tokens replaced; not in place."""
     return states.scatter(1, columns[..., None].expand_as(new), new.to(states.dtype))
