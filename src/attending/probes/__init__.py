@@ -6,6 +6,7 @@ Each probe is a module; import the one you need.
 - `attending.probes.head_importance`: which heads the loss depends on.
 - `attending.probes.map_indicators`: spread, sink, locality and head diversity of given maps.
 - `attending.probes.entropy_curve`: entropy against the number of keys, layer by layer.
+- `attending.probes.source_attention`: how attention to the source fades as a decoder generates.
 - `attending.probes.hidden`: the hidden states from block to block.
 - `attending.probes.outliers`: systematic outliers of activations, weights and attention.
 - `attending.probes.dependency_tree`: trees of parts from the maps of reversed attention.
