@@ -271,6 +271,32 @@ def test_lowest_floats_as_masks_leave_nothing_wrong() -> None:
         torch.testing.assert_close(one.lse[seen], other.lse[seen])
 
 
+def test_all_mass_to_what_little_is_left() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1, 2, 3000, 16, dtype=torch.float64, generator=generator) for _ in "qkv"]
+    exact[1][:, :, 5] *= 4  # for many queries the rest is just above what is computed again
+    groups = torch.zeros(1, 1, 3000, dtype=torch.long)
+    groups[..., 5] = 1
+    outputs = []
+    for tensors in (exact, [tensor.float() for tensor in exact]):
+        whole = at.attention_state(*tensors, is_causal=True)
+        states = group_states(*tensors, groups, is_causal=True, whole=whole)
+        outputs.append(mix(states, move_mass(group_masses(states), {1: 1.0}, (0,))))
+    torch.testing.assert_close(outputs[1].double(), outputs[0], atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(1, 0, 3), (1, 2, 0), (0, 2, 3)])
+def test_states_of_nothing(batch: int, queries: int, keys: int) -> None:
+    query, key = torch.randn(batch, 2, queries, 4), torch.randn(batch, 2, keys, 4)
+    groups = torch.zeros(1, 1, keys, dtype=torch.long)
+    states = group_states(query, key, key, groups, num_groups=2)
+    for state in states:
+        assert state.output.shape == (batch, 2, queries, 4)
+        assert not bool(state.output.any())
+        assert bool((state.lse == -math.inf).all()) or keys
+    assert group_masses(states).shape == (2, batch, 2, queries)
+
+
 def test_member_indices_by_hand() -> None:
     chosen = torch.tensor([[[False, True, False, True]], [[True, False, False, False]]])
     index, real = member_indices(chosen, 2)

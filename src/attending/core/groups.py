@@ -35,7 +35,7 @@ GATHERED = 64  # members up to which a group's keys are gathered rather than the
 
 # The least share of a row at which the rest of it is had by subtraction: what the kernel rounds
 # grows by the inverse. Below, the row is computed again.
-LEAST_REST = {torch.float64: 1e-6, torch.float32: 1 / 32}
+LEAST_REST = {torch.float64: 1e-6, torch.float32: 1 / 16}
 LEAST_REST_HALF = 0.5
 
 Groups = Int[Tensor, "#batch group_heads keys"] | Bool[Tensor, "#batch group_heads keys"]
@@ -84,7 +84,7 @@ def group_states(
         num_groups: how many there are; by default the largest label + 1 (2 for a boolean).
         whole: `attention_state` on the same arguments, if you have it. Then group 0 is what the
             others leave of it, which costs next to nothing. Rows of which group 0 has so little
-            (under 1/32 in float32, 1/2 in half precision) that digits would be lost are computed
+            (under 1/16 in float32, 1/2 in half precision) that digits would be lost are computed
             again.
 
     Returns:
@@ -98,7 +98,8 @@ def group_states(
     labels, count = check_groups(groups, scene.query, scene.key, num_groups)
     if whole is not None:
         _check_whole(whole, scene)
-    if 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= CHUNK_BYTES:
+    entries = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if 0 < 4 * entries <= CHUNK_BYTES:
         return _from_scores(scene, labels, count)
     parts = [_part(scene, labels == group) for group in range(1, count)]
     if whole is None:
