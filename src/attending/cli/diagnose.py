@@ -35,7 +35,11 @@ def command(
     ],
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="UTF-8 text to read; - for stdin; else a demo text."),
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text to read; - for stdin; else a demo text. A zoo model that sees takes "
+            "each line as a prompt about a scene, else it reads true captions of scenes.",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write the report as one HTML page.")
@@ -62,11 +66,13 @@ def command(
         if path is not None:
             check_writable(path, option)
 
-    words = demo_text() if text is None else read_text(text)
+    words = None if text is None else read_text(text)
 
     from attending.cli.loading import DTYPES, load_model
 
     loaded = load_model(model, device=device, dtype=DTYPES[dtype])
+    if words is None and loaded.processor is None:
+        words = demo_text()
     diagnosis = diagnose_text(loaded, words, max_tokens)
 
     from attending.report.terminal import print_report
@@ -78,15 +84,26 @@ def command(
         write(json, diagnosis.to_json)
 
 
-def diagnose_text(loaded: "LoadedModel", text: str, max_tokens: int = MAX_TOKENS) -> "Diagnosis":
-    """The diagnosis of a loaded model on a text, which is read up to `max_tokens` tokens."""
+def diagnose_text(
+    loaded: "LoadedModel", text: str | None, max_tokens: int = MAX_TOKENS
+) -> "Diagnosis":
+    """The diagnosis of a loaded model on a text, which is read up to `max_tokens` tokens.
+
+    Without a text, a model that sees reads scenes with their true captions.
+    """
     import torch
 
+    from attending.cli.scenes import scene_batches
     from attending.cli.text import batches
     from attending.diagnosis import diagnose
     from attending.taps import TapError
 
-    prepared = batches(loaded, text, max_tokens)
+    if loaded.processor is not None:
+        prepared = scene_batches(loaded, text, max_tokens)
+    elif text is not None:
+        prepared = batches(loaded, text, max_tokens)
+    else:
+        raise ValueError(f"expected text for {loaded.name}, which does not see, got None")
     if not prepared.whole:
         note(f"reading the first {prepared.tokens:,} tokens of the text; --max-tokens N changes it")
     try:

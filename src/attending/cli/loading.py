@@ -53,11 +53,13 @@ class LoadedModel:
         name: What the user called it.
         model: In evaluation mode, on its device, with SDPA attention.
         tokenizer: Text to token ids and back.
+        processor: Scenes and prompts to a batch, for a zoo model that sees.
     """
 
     name: str
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
+    processor: Any = None
 
 
 def load_model(
@@ -85,7 +87,7 @@ def load_model(
         raise CommandError(f"MODEL {name} is a file; give the folder that holds it")
     if name in zoo.names():
         loaded = zoo.load(name, device=place, dtype=dtype)
-        return LoadedModel(name, loaded.model, loaded.tokenizer)
+        return LoadedModel(name, loaded.model, loaded.tokenizer, loaded.processor)
     return _from_folder(name, _from_hub(name), place, dtype)
 
 
