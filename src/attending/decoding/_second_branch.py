@@ -45,9 +45,10 @@ class SecondBranch:
         self.model, self.inputs = model, given
         self.batch = len(tokens)
         self._padded = not bool(self._mask.all())
-        self._parameters = inspect.signature(model.forward).parameters
+        unwrap: Any = getattr(model, "get_base_model", lambda: model)  # what PEFT wraps
+        self._parameters = inspect.signature(unwrap().forward).parameters
         # Models with positions of several axes (Qwen2-VL) make them from the mask themselves.
-        base = getattr(model, "base_model", model)
+        base = getattr(unwrap(), "base_model", model)
         self._gives_positions = "position_ids" in self._parameters and not hasattr(
             base, "get_rope_index"
         )
