@@ -112,6 +112,7 @@ def draw(
     *,
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
+    faintest: float = FAINTEST,
 ) -> SceneBatch:
     """Draw scenes at random; the objects of one scene are all of different kinds.
 
@@ -146,7 +147,7 @@ def draw(
         radius=torch.tensor(RADII)[size] * uniform(0.95, 1.05, scenes, slots),
         angle=uniform(-math.pi / 12, math.pi / 12, scenes, slots),
         tint=uniform(-0.06, 0.06, scenes, slots),
-        opacity=uniform(FAINTEST, 1.0, scenes, slots),
+        opacity=uniform(faintest, 1.0, scenes, slots),
         background=choice(len(BACKGROUNDS), scenes),
         shade=uniform(0.35, 0.65, scenes, 1) + uniform(-0.08, 0.08, scenes, 3),
         grain=choice(2**31, scenes),

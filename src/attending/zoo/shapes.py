@@ -153,7 +153,7 @@ class Scene:
         """The pixels that show each object: it covers at least half of the pixel and no object in
         front of it does.  No pixel shows two objects."""
         side = _side([self], size)
-        return _shapes_render.visible(_as_batch([self]), side)[0, : len(self.objects)]
+        return _shapes_render.visible(as_batch([self]), side)[0, : len(self.objects)]
 
 
 def make_scene(
@@ -185,15 +185,7 @@ def make_scenes(
         min_objects: At least 1.
         max_objects: At most 6.
     """
-    if not 0 <= seed < HELD_OUT_SEED:
-        raise ValueError(f"expected seed from 0 up to 2**31, got {seed}")
-    if count < 0:
-        raise ValueError(f"expected count of at least 0, got {count}")
-    if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
-        raise ValueError(
-            f"expected 1 <= min_objects <= max_objects <= {MAX_OBJECTS}, got min_objects="
-            f"{min_objects} and max_objects={max_objects}"
-        )
+    check_drawn(count, seed, min_objects, max_objects)
     check_size(size)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
     batch = draw(count, generator, min_objects=min_objects, max_objects=max_objects)
@@ -212,7 +204,20 @@ def render(
     side = _side(scenes, size)
     if not scenes:
         return torch.zeros(0, 3, side, side)
-    return _shapes_render.render(_as_batch(scenes), side)
+    return _shapes_render.render(as_batch(scenes), side)
+
+
+def check_drawn(count: int, seed: int, min_objects: int, max_objects: int) -> None:
+    """Refuse what cannot be drawn."""
+    if not 0 <= seed < HELD_OUT_SEED:
+        raise ValueError(f"expected seed from 0 up to 2**31, got {seed}")
+    if count < 0:
+        raise ValueError(f"expected count of at least 0, got {count}")
+    if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
+        raise ValueError(
+            f"expected 1 <= min_objects <= max_objects <= {MAX_OBJECTS}, got min_objects="
+            f"{min_objects} and max_objects={max_objects}"
+        )
 
 
 def check_size(size: int) -> None:
@@ -250,7 +255,7 @@ def from_batch(batch: SceneBatch, size: int) -> list[Scene]:
     ]
 
 
-def _as_batch(scenes: Sequence[Scene]) -> SceneBatch:
+def as_batch(scenes: Sequence[Scene]) -> SceneBatch:
     """The tensors of scenes; unused slots repeat what renders as nothing."""
     slots = max(1, *(len(scene.objects) for scene in scenes))
     filler = SceneObject(SHAPES[0], COLORS[0], TEXTURES[0], SIZES[0], 0.0, 0.0, 0.1)
