@@ -284,6 +284,33 @@ def test_embeddings_as_prompt(model):
     assert torch.equal(custom, expected[:, 7:])
 
 
+def test_encoder_and_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=29,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    t5 = T5ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])  # masked for the encoder alone
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 12}
+    method = MomentumDecoding(alpha=0.5)
+    with method(t5) as run:
+        inside = t5.generate(**given, suppress_tokens=[1])
+    custom = t5.generate(**given, suppress_tokens=[1], custom_generate=method.custom_generate)
+    assert torch.equal(custom, inside)
+    processor = MomentumLogitsProcessor(alpha=0.5, pad_token_id=0)
+    found = t5.generate(**given, suppress_tokens=[1], logits_processor=[processor])
+    assert torch.equal(found, inside)
+    assert run.tokens == 24
+
+
 def test_wrong_arguments(model):
     with pytest.raises(ValueError, match="alpha: expected a finite number from 0"):
         MomentumDecoding(alpha=-1)

@@ -250,8 +250,11 @@ class MomentumDecoding:
 
             def change(generate: Generate, arguments: dict[str, Any]) -> Any:
                 refuse_sampling_call("momentum decoding", arguments, model)
+                ids, name = arguments.get("inputs", arguments.get("input_ids")), "attention_mask"
+                if _has_encoder(model):
+                    ids, name = arguments.get("decoder_input_ids"), "decoder_attention_mask"
                 processor = self._processor(
-                    arguments.get(_mask_name(model)) if "inputs_embeds" not in arguments else None,
+                    _fitting(arguments.get(name), ids),
                     setting(arguments, model, "pad_token_id"),
                     setting(arguments, model, "eos_token_id"),
                     run,
@@ -280,10 +283,13 @@ class MomentumDecoding:
         """
         config = generation_config
         refuse_sampling("momentum decoding", config.do_sample, config.num_beams)
-        mask = model_kwargs.get(_mask_name(model))
-        if mask is not None and mask.shape[1] > input_ids.shape[1]:
-            mask = None  # the prompt came as embeddings: there is nothing to walk on
-        processor = self._processor(mask, config.pad_token_id, config.eos_token_id, MomentumRun())
+        name = "decoder_attention_mask" if _has_encoder(model) else "attention_mask"
+        processor = self._processor(
+            _fitting(model_kwargs.get(name), input_ids),
+            config.pad_token_id,
+            config.eos_token_id,
+            MomentumRun(),
+        )
         return type(model)._sample(
             model,
             input_ids,
@@ -310,9 +316,15 @@ class MomentumDecoding:
         )
 
 
-def _mask_name(model: Any) -> str:
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
+def _has_encoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _fitting(mask: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+    """The mask, if the prompt came as tokens: of embeddings or a cache, no tokens are known."""
+    if mask is None or input_ids is None or mask.shape[1] > input_ids.shape[1]:
+        return None
+    return mask
 
 
 def _as_set(ids: int | Sequence[int] | Tensor | None) -> frozenset[int]:
