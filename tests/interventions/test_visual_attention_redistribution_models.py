@@ -23,7 +23,9 @@ from tests.interventions.vision_language_models import (
     PATCHES,
     batch_of,
     prompt,
+    tiny_intern_vl,
     tiny_llava,
+    tiny_qwen2_vl,
 )
 from tests.tap.probes import left_as_it_was
 
@@ -135,6 +137,34 @@ def test_decoding_is_a_forward_over_the_whole(llava: Any, cache: str) -> None:
     torch.testing.assert_close(stepwise, logits, atol=1e-3, rtol=1e-3)
     plain = llava(**whole).logits[:, length - 1 : -1]
     assert not torch.allclose(stepwise, plain, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [tiny_qwen2_vl, tiny_intern_vl])
+def test_other_vision_language_models(make: Any) -> None:
+    model, inputs = make()
+    model(**inputs)  # transformers leaves something of its own the first time
+    length = inputs["input_ids"].shape[1]
+    method = replace(METHOD, tau=14.0).calibrate(model, inputs)
+    with left_as_it_was(model), method(model) as run:
+        found = model.generate(
+            **inputs,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            suppress_tokens=[IMAGE, 2, 3, 4],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    assert run.edited_rows
+    assert run.layers[1].image_tokens == PATCHES
+    ids = found.sequences
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in whole:
+        whole["mm_token_type_ids"] = (ids == IMAGE).int()
+    with method(model, prompt_length=length):
+        logits = model(**whole).logits[:, length - 1 : -1]
+    torch.testing.assert_close(torch.stack(found.logits, 1), logits, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
