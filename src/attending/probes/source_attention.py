@@ -209,9 +209,9 @@ def source_sensitivity(
 
 def source_mass_bounds(
     source_length: int,
-    steps: Int[Tensor, "*rows"],
-    max_logit: float | Float[Tensor, "*#rows"],
-) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    steps: Int[Tensor, "*steps"],
+    max_logit: float | Float[Tensor, "*rows"],
+) -> tuple[Float[Tensor, "*bounds"], Float[Tensor, "*bounds"]]:
     """The least and the largest source mass that rows with logits of at most this size can have.
 
         S e^-2M / (S e^-2M + i),   S e^2M / (S e^2M + i)
@@ -219,7 +219,8 @@ def source_mass_bounds(
     Args:
         source_length: S.
         steps: i, how many target tokens the row sees.
-        max_logit: M, the largest absolute value of the row's logits, softmax scale included.
+        max_logit: M, the largest absolute value of the row's logits, softmax scale included. It
+            broadcasts with the steps.
 
     Raises:
         ValueError: for a source length below 1, or a negative M.
