@@ -103,6 +103,20 @@ ROWS: Mapping[str, Row] = {
         peers={"flash-linear-attention, plain PyTorch": "_operators.linear:fla_naive"},
         goals=(*never_slower(), *linear_growth("bidirectional", "causal")),
     ),
+    "softmax with a sink": Row(
+        ours="_operators.sink_and_sigmoid:sink",
+        straightforward="_operators.sink_and_sigmoid:straightforward_sink",
+        peers={"x-transformers": "_operators.sink_and_sigmoid:sink_of_x_transformers"},
+        most=4096,
+        goals=(*never_slower(), *small_memory(0.1), *small_memory(0.1, "bidirectional")),
+    ),
+    "sigmoid": Row(
+        ours="_operators.sink_and_sigmoid:sigmoid",
+        straightforward="_operators.sink_and_sigmoid:straightforward_sigmoid",
+        peers={"x-transformers": "_operators.sink_and_sigmoid:sigmoid_of_x_transformers"},
+        most=4096,
+        goals=never_slower(),
+    ),
     "flow": Row(
         ours="_operators.flow:ours",
         straightforward="_operators.flow:straightforward",

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
 
-CHUNK_BYTES = 2**25  # of scores that the chunked kernel holds at a time
+CHUNK_BYTES = 2**25  # of scores that the chunked kernel holds at a time, at most
+CACHE_BYTES = 2**21  # of them on a CPU, where that is enough for a product of matrices to be fast
+FEW_ROWS = 32
 
 
 def fused_attention(
@@ -255,7 +257,7 @@ def map_rows(
     """
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    step = max(1, CHUNK_BYTES // (4 * batch * heads * max(keys, 1)))
+    step = _rows_at_once(4 * batch * heads * max(keys, 1), query.device)
 
     def block(
         start: int, query: Tensor, key: Tensor, bias: Tensor | None, rest: dict[str, Tensor]
@@ -276,6 +278,11 @@ def map_rows(
         else:
             results.append(block(start, rows, seen, part, rest))
     return results
+
+
+def _rows_at_once(row_bytes: int, device: torch.device) -> int:
+    most = max(1, CHUNK_BYTES // row_bytes)
+    return min(most, max(FEW_ROWS, CACHE_BYTES // row_bytes)) if device.type == "cpu" else most
 
 
 def row_scores(
