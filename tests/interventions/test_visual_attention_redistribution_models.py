@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import attending as at
+from attending.interventions.attention_calibration import AttentionCalibration, calibrate_attention
 from attending.interventions.intervention import Intervention, InterventionWarning
 from attending.interventions.settings import load_settings, save_settings
 from attending.interventions.sink_dimensions import find_sink_dimensions, sink_value
@@ -299,6 +300,44 @@ def test_it_nests(llava: Any) -> None:
         hook.remove()
     assert sum(changed) == first.edited_rows + last.edited_rows
     assert min(first.edited_rows, last.edited_rows) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("calibrated_first", [True, False])
+def test_it_nests_with_the_calibration_of_sinks(llava: Any, calibrated_first: bool) -> None:
+    inputs = batch_of(prompt(3, 4))
+    image = inputs["input_ids"] == IMAGE
+    calibration = AttentionCalibration(beta=0.4, alpha=1.5, min_observers=4, layers=(1, 2, 3))
+    hidden: dict[int, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, i=i: hidden.update({i: args[0]}))
+        for i, layer in enumerate(language_layers(llava).values())
+    ]
+
+    def redistribute(attention: Tensor, layer: int) -> Tensor:
+        sinks = sink_value(hidden[layer], METHOD.sink_dimensions) >= 18 * 32**0.5 / 64
+        selected = select_image_centric_heads(attention, image, sinks, query_mask=~image)
+        return redistribute_attention(attention, image, sinks, selected)
+
+    def calibrate(attention: Tensor, layer: int) -> Tensor:
+        return calibrate_attention(attention, beta=0.4, alpha=1.5, min_observers=4)
+
+    def compare(call: at.taps.AttentionCall, proceed: at.taps.Proceed) -> Tensor:
+        output = proceed(call)
+        if "language_model" in call.name and call.layer in (1, 2, 3):
+            attention, value = mapped(call)
+            edits = (calibrate, redistribute) if calibrated_first else (redistribute, calibrate)
+            for edit in edits:
+                attention = edit(attention, call.layer)
+            torch.testing.assert_close(output.double(), attention @ value, atol=1e-4, rtol=1e-4)
+        return output
+
+    outer, inner = (calibration, METHOD) if calibrated_first else (METHOD, calibration)
+    with at.tap(llava, compare), outer(llava) as first, inner(llava) as second:
+        llava(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert min(first.edited_rows, second.edited_rows) > 0
 
 
 @torch.no_grad()
