@@ -57,7 +57,7 @@ def _cuda_peak(devices: list[torch.device], run: Callable[[], object]) -> int:
 
 
 def _cpu_peak(model: nn.Module, run: Callable[[], object]) -> int:
-    gc.collect()  # what is freed during the run, but was there before, is not known to the profiler
+    gc.collect(1)  # the profiler complains of what was there before and is freed during the run
     count = _Count()
     with count.watching():
         hook = model.register_forward_pre_hook(lambda *_: count.next_piece())
