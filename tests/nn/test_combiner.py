@@ -324,7 +324,7 @@ def test_refusals_of_plans(build, message: str) -> None:
             r"plan: .*\[2, 1, 6\], got \[5\]",
         ),
         ({"pool": "sum"}, "pool: expected one of"),
-        ({"attn_mask": torch.ones(6, 6, dtype=torch.bool)}, "attn_mask: expected a boolean mask"),
+        ({"attn_mask": torch.ones(6, 6, dtype=torch.bool)}, "attn_mask: expected one mask for all"),
         ({name: torch.zeros(2, 1, 5, 4) for name in ("key", "value")}, "key: expected as many"),
     ],
 )

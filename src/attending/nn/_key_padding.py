@@ -1,8 +1,41 @@
-"""Sequences with padding, for operators whose tokens have places: padding is cut out."""
+"""Masks that all queries share; and padding cut out, for operators whose tokens have places."""
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+
+def visible_keys(
+    attn_mask: Tensor | None, key: Tensor, name: str = "attn_mask"
+) -> Bool[Tensor, "#batch #heads keys"] | None:
+    """The mask that all queries share, without its dimension of queries; None if there is none.
+
+    Raises:
+        ValueError: for a mask that is not boolean, does not fit, or differs between queries, which
+            an attention that never makes its map cannot apply.
+    """
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
+        found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise ValueError(f"{name}: expected a boolean mask, True = visible, got {found}.")
+    if attn_mask.device != key.device:
+        raise ValueError(f"{name}: expected a mask on {key.device}, got one on {attn_mask.device}.")
+    mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+    batch, heads, keys = key.shape[:3]
+    fits = mask.dim() == 4 and mask.shape[3] in (1, keys)
+    if not fits or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to [batch, kv_heads, 1, keys] = "
+            f"{[batch, heads, 1, keys]}, got {list(attn_mask.shape)}."
+        )
+    if mask.shape[2] != 1:
+        raise ValueError(
+            f"{name}: expected one mask for all queries, {[batch, 1, 1, keys]}, got "
+            f"{list(attn_mask.shape)}. This attention never makes the map to which a mask for each "
+            "pair could be applied; causality is is_causal=True, where there is such a form."
+        )
+    return mask[:, :, 0].expand(-1, -1, keys)
 
 
 def key_padding(attn_mask: Tensor | None, query: Tensor) -> Bool[Tensor, "batch tokens"] | None:
@@ -14,29 +47,15 @@ def key_padding(attn_mask: Tensor | None, query: Tensor) -> Bool[Tensor, "batch 
     Raises:
         ValueError: for a mask of another kind; the message says what is expected.
     """
-    if attn_mask is None:
+    visible = visible_keys(attn_mask, query)
+    if visible is None:
         return None
-    batch, tokens = query.shape[0], query.shape[2]
-    got = type(attn_mask).__name__
-    if isinstance(attn_mask, Tensor):
-        got = f"{list(attn_mask.shape)} of {attn_mask.dtype} on {attn_mask.device}"
-    fits = (
-        isinstance(attn_mask, Tensor)
-        and attn_mask.dtype == torch.bool
-        and attn_mask.device == query.device
-        and attn_mask.dim() == 4
-        and attn_mask.shape[0] in (1, batch)
-        and attn_mask.shape[1:3] == (1, 1)
-        and attn_mask.shape[3] == tokens
-    )
-    if not fits:
+    if visible.shape[1] != 1:
         raise ValueError(
-            f"attn_mask: expected a boolean mask of keys on {query.device}, True = visible, "
-            f"[batch, 1, 1, tokens] = {[batch, 1, 1, tokens]}, got {got}. Summaries of "
-            "many keys are made once for all queries, so a mask cannot differ between them; pass "
-            "is_causal for causality, where the operator has that form."
+            "attn_mask: expected one mask for all heads, [batch, 1, 1, tokens], got "
+            f"{visible.shape[1]} of them. Padding is cut out of all heads at once."
         )
-    visible = attn_mask[:, 0, 0].expand(batch, tokens)
+    visible = visible[:, 0].expand(query.shape[0], -1)
     return None if bool(visible.all()) else visible
 
 

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from attending.core.check import check_arguments
 from attending.nn._head_counts import check_head_counts
+from attending.nn._key_padding import visible_keys
 from attending.nn.focused_attention import focused_kernel
 from attending.nn.hard_routing import RoutedProjection, RoutedScalar
 from attending.nn.linear_attention import (
@@ -52,7 +53,6 @@ from attending.nn.linear_attention import (
     linear_attention,
     linear_state,
     read_state,
-    visible_keys,
 )
 
 Normalize = Literal["none", "count", "sum"]

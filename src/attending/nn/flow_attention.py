@@ -51,7 +51,7 @@ from torch import Tensor
 
 from attending.core.check import check_arguments
 from attending.nn._flow import Feature, FlowState, Options, bidirectional, causal
-from attending.nn.linear_attention import visible_keys
+from attending.nn._key_padding import visible_keys
 
 __all__ = ["FlowState", "flow_attention", "flow_attention_with_state", "unclamped_flow_attention"]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from attending.core.check import check_arguments, check_heads, check_tensor
 from attending.nn._causal_sum import accumulation_dtype, causal_sum, full_precision
+from attending.nn._key_padding import visible_keys
 
 
 @dataclass(frozen=True)
@@ -180,37 +181,6 @@ def read_state(
         if normalize:
             output = _divide(output, grouped @ state.key_sum[..., None])
     return output.to(query.dtype).reshape(*query.shape[:3], output.shape[-1])
-
-
-def visible_keys(
-    attn_mask: Tensor | None, key: Tensor, name: str = "attn_mask"
-) -> Bool[Tensor, "#batch #heads keys"] | None:
-    """The mask that all queries share, without its dimension of queries; None if there is none.
-
-    Raises:
-        ValueError: for a mask that is not boolean, does not fit, or differs between queries, which
-            an attention that never makes its map cannot apply.
-    """
-    if attn_mask is None:
-        return None
-    if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
-        found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-        raise ValueError(f"{name}: expected a boolean mask, True = visible, got {found}.")
-    mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-    batch, heads, keys = key.shape[:3]
-    fits = mask.dim() == 4 and mask.shape[3] in (1, keys)
-    if not fits or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to [batch, kv_heads, 1, keys] = "
-            f"{[batch, heads, 1, keys]}, got {list(attn_mask.shape)}."
-        )
-    if mask.shape[2] != 1:
-        raise ValueError(
-            f"{name}: expected one mask for all queries, [batch, 1, 1, keys], got "
-            f"{list(attn_mask.shape)}. Linear attention has no map to which a mask for each pair "
-            "could be applied; causality is is_causal=True."
-        )
-    return mask[:, :, 0].expand(-1, -1, keys)
 
 
 def hide(features: Tensor, visible: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from attending.core.check import check_arguments
 from attending.core.kernels import dense_rows
 from attending.core.state import AttentionState, merge
 from attending.nn._causal_sum import full_precision
-from attending.nn.linear_attention import visible_keys
+from attending.nn._key_padding import visible_keys
 
 CHUNK = 64  # tokens; the work within a chunk is quadratic in it
 
