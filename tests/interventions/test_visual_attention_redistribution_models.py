@@ -356,6 +356,9 @@ def test_a_block_in_which_nothing_is_edited_says_why(llava: Any) -> None:
     torch.testing.assert_close(plain, llava(**inputs).logits, atol=1e-5, rtol=1e-5)
     with pytest.warns(InterventionWarning, match="hold no image token"), METHOD(llava):
         llava(torch.tensor([[BOS, 7, 8]]))
+    free = replace(METHOD, require_visual_sink=False)(llava, prompt_length=0)
+    with pytest.warns(InterventionWarning, match="hold no image token"), free:
+        llava(**inputs)
     with pytest.warns(InterventionWarning, match="no text query"), METHOD(llava):
         llava(**batch_of([IMAGE] * PATCHES))
 

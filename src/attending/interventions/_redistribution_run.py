@@ -174,8 +174,11 @@ class _Work:
             if threading.get_ident() != self.thread:
                 return
             self.sequences.belongs_to(cache_of(kwargs))
-            hidden = hidden_argument(args, kwargs).detach()
-            self._mark(number, self._present(), sink_value(hidden, self._dimensions()), hidden)
+            sequence, hidden = self._present(), hidden_argument(args, kwargs).detach()
+            if sequence.brings_prompt:
+                self._mark(number, sequence, sink_value(hidden, self._dimensions()), hidden)
+            else:
+                sequence.mark(number, hidden.new_zeros(hidden.shape[:2], dtype=torch.bool))
 
         return find
 
@@ -187,7 +190,7 @@ class _Work:
         record = self.run.layers.setdefault(number, LayerRecord())
         now = slice(sequence.length - sequence.new, None)
         image, prompt = sequence.image[:, now], sequence.prompt[:, now]
-        if self.change_sinks is not None and bool(prompt.any()):
+        if self.change_sinks is not None:
             sinks = self.change_sinks(number, sinks & prompt, image)
         sequence.mark(number, sinks)
         found = sequence.sinks[number][:, now]
@@ -225,7 +228,7 @@ class _Work:
             last = (places * image).amax(-1, keepdim=True)
             queries = queries & (places > last)
         queries = queries[:, -call.query_length :]
-        if not bool(image.any()):
+        if not sequence.has_image:
             return NO_IMAGE
         if not bool(queries.any()):
             return NO_QUERY
@@ -243,7 +246,7 @@ class _Work:
     def _count(self, number: int, call: AttentionCall, groups: Groups, found: Edited) -> None:
         if call.recomputed:
             return
-        record = self.run.layers[number]
+        record = self.run.layers.setdefault(number, LayerRecord())
         rows = groups.queries[:, None].expand_as(found.selected)
         edited = int(found.selected.sum())
         record.rows += int(rows.sum())

@@ -28,6 +28,9 @@ class Sequence:
         prompt: which may be sinks: those of the prompt.
         sinks: which are, in each layer that has run.
         new: how many tokens the present forward brought.
+        has_image: whether there is an image at all.
+        brings_prompt: whether a token of the present forward may be a sink. (Both are asked once a
+            forward, since on a GPU each question waits for it.)
     """
 
     image: Bool[Tensor, "batch tokens"]
@@ -35,6 +38,11 @@ class Sequence:
     prompt: Bool[Tensor, "batch tokens"]
     sinks: dict[int, Bool[Tensor, "batch tokens"]] = field(default_factory=dict)
     new: int = 0
+    has_image: bool = False
+    brings_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        self._ask()
 
     @property
     def length(self) -> int:
@@ -47,6 +55,12 @@ class Sequence:
         self.real = _append(self.real, past, real)
         self.prompt = _append(self.prompt, past, prompt)
         self.new = image.shape[1]
+        self._ask()
+
+    def _ask(self) -> None:
+        past = self.length - self.new
+        self.brings_prompt = bool(self.prompt[:, past:].any())
+        self.has_image = self.has_image or bool(self.image.any())
 
     def mark(self, layer: int, sinks: Bool[Tensor, "batch tokens"]) -> None:
         """What the present forward found in a layer."""
