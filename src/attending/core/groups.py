@@ -31,7 +31,7 @@ from attending.core.kernels import CHUNK_BYTES, dense_rows, row_scores
 from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend
 
-GATHERED = 64  # members up to which a group's keys are gathered rather than the others hidden
+GATHERED = 256  # members up to which a group's keys are gathered rather than the others hidden
 
 # The least share of a row at which the rest of it is had by subtraction: what the kernel rounds
 # grows by the inverse. Below, the row is computed again.
@@ -300,17 +300,27 @@ def _gathered(scene: _Scene, chosen: Tensor, members: int) -> AttentionState:
     item = torch.arange(query.shape[0], device=query.device)[:, None, None]
     heads = key.shape[1] if index.shape[1] == 1 else query.shape[1]
     head = torch.arange(heads, device=query.device)[None, :, None] // (heads // key.shape[1])
+    key, value = key[item, head, index], value[item, head, index]
     own = torch.zeros(is_member.shape, dtype=torch.float32, device=query.device)
     own = own.masked_fill(~is_member, -math.inf)[:, :, None]
     if bias is not None:
         first = [max(sizes) for sizes in zip(bias.shape[:2], index.shape[:2], strict=True)]
-        wide = bias.expand(*first, bias.shape[2], key.shape[2])
-        column = index[:, :, None].expand(*first, bias.shape[2], members)
-        own = own.to(bias) + wide.gather(-1, column)
-    if is_causal:
-        row = torch.arange(query.shape[2], device=query.device)[:, None]
-        own = own.masked_fill(index[:, :, None] > row, -math.inf)
-    return attend(query, key[item, head, index], value[item, head, index], bias=own, scale=scale)
+        own = own.to(bias) + bias.expand(*first, bias.shape[2], chosen.shape[-1]).gather(
+            -1, index[:, :, None].expand(*first, bias.shape[2], members)
+        )
+    if not is_causal:
+        return attend(query, key, value, bias=own, scale=scale)
+    # Which of the members a query sees is a small map, made for a few rows at a time.
+    step = max(1, CHUNK_BYTES // (4 * index.shape[0] * index.shape[1] * members))
+    parts = []
+    for start in range(0, query.shape[2], step):
+        row = torch.arange(start, min(query.shape[2], start + step), device=query.device)
+        later = index[:, :, None] > row[:, None]
+        seen = own.expand(-1, -1, len(row), -1).masked_fill(later, -math.inf)
+        parts.append(attend(query[:, :, row], key, value, bias=seen, scale=scale))
+    if len(parts) == 1:
+        return parts[0]
+    return AttentionState(*(torch.cat(found, 2) for found in zip(*parts, strict=True)))
 
 
 def member_indices(chosen: Tensor, members: int) -> tuple[Tensor, Tensor]:

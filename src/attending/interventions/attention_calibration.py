@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attending.core.groups import Masses, move_mass
-from attending.interventions.edit import edit_masses, state_of
+from attending.interventions.edit import edit_masses
 from attending.interventions.head_selection import select_heads
 from attending.interventions.intervention import Run, with_counters
 from attending.interventions.prompt import PromptMemory, PromptReader
@@ -136,10 +136,8 @@ class AttentionCalibration:
                     return proceed(call)
                 whole = None
                 if seen.begins:
-                    whole = state_of(call)
                     heads = _heads(chosen[layer], call)
-                    limit = prompt_length
-                    marks = find_sinks(call, seen, heads, whole.lse, self.rule, limit)
+                    marks, whole = find_sinks(call, seen, heads, self.rule, prompt_length)
                     memory.keep(call, marks)
                 else:
                     marks = memory.recall(call)

@@ -18,7 +18,6 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from attending.interventions.edit import state_of
 from attending.interventions.intervention import InterventionWarning
 from attending.interventions.prompt import PromptReader
 from attending.interventions.prompt_sinks import find_sinks
@@ -144,8 +143,14 @@ def _baseline(
         seen = read(call)
         if seen.begins and not seen.is_encoder:
             heads = [h for h in range(call.num_heads) if (layer, h) not in with_sinks]
-            marks = find_sinks(call, seen, heads, state_of(call).lse, method.rule)
-            found = marks.any(-1).any(0).nonzero().flatten().tolist()
+            found = (
+                find_sinks(call, seen, heads, method.rule)
+                .marks.any(-1)
+                .any(0)
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
             with_sinks.update((layer, head) for head in found)
         return proceed(call)
 

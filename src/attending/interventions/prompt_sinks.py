@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attending.core.statistics import column_mass
-from attending.interventions.edit import hiding
+from attending.core.state import AttentionState
+from attending.core.statistics import column_mass, state_and_column_mass
+from attending.interventions.edit import hiding, state_of
 from attending.interventions.prompt import Seen, match_batch
 from attending.taps import AttentionCall
 
@@ -85,22 +86,31 @@ class SinkRule:
         return flagged & ~kept[:, None]
 
 
-@torch.no_grad()
+class FoundSinks(NamedTuple):
+    """What a look at a prompt found.
+
+    Attributes:
+        marks: 1 for the sinks in the heads that were looked at; 0 for all else.
+        whole: the `attention_state` of the call, which the look needs anyway.
+    """
+
+    marks: Int[Tensor, "batch heads keys"]
+    whole: AttentionState
+
+
 def find_sinks(
     call: AttentionCall,
     seen: Seen,
     heads: Sequence[int],
-    lse: Float[Tensor, "batch heads queries"],
     rule: SinkRule,
     prompt_length: int | Int[Tensor, " batch"] | None = None,
-) -> Int[Tensor, "batch all_heads keys"]:
-    """1 for the sinks of a call that begins a sequence, in these heads; 0 for all else.
+) -> FoundSinks:
+    """The sinks of a call that begins a sequence.
 
     Args:
         call: of self-attention.
         seen: `read_call(call)`.
-        heads: in which heads.
-        lse: of all heads of the call, as `attention_state` has it.
+        heads: in which heads to look.
         rule: what a sink is.
         prompt_length: as in `AttentionCalibration`.
     """
@@ -110,38 +120,66 @@ def find_sinks(
     if seen.real_keys is not None:
         real = real & seen.real_keys
     if prompt_length is not None:
-        real = real & (
-            places < match_batch(prompt_length, batch, "prompt_length").to(device)[:, None]
-        )
+        limit = match_batch(prompt_length, batch, "prompt_length").to(device)
+        real = real & (places < limit[:, None])
+    marks = torch.zeros(batch, call.num_heads, keys, dtype=torch.long, device=device)
     # What comes after the last token of any prompt is not looked at.
     size = min(call.query_length, int((real * (places + 1)).max()))
-    marks = torch.zeros(batch, call.num_heads, keys, dtype=torch.long, device=device)
     if size == 0 or not heads:
-        return marks
-    real = real[:, :size]
-    asking = None if bool(real.all()) else real
-    if seen.visible is None:
-        observers = torch.flip(real.flip(-1).cumsum(-1), (-1,))[:, None]
-    else:
-        visible = seen.visible[:, :, :size, :size]
-        observers = (visible & real[:, None, :, None]).sum(2)
+        return FoundSinks(marks, state_of(call))
     chosen = torch.tensor(list(heads), device=device)
     every = len(chosen) == call.num_heads
+    observers = _observers(seen, real[:, : call.query_length])
+    asking = real[:, None, : call.query_length].to(
+        torch.promote_types(call.query.dtype, torch.float)
+    )
+    if every:
+        # What follows the prompt asks nothing, and no query of the prompt sees it.
+        whole, received = state_and_column_mass(
+            call.query,
+            call.key,
+            call.value,
+            None if bool(real.all()) else asking,
+            hiding(call.attn_mask),
+            call.is_causal,
+            call.softmax_scale,
+            call.enable_gqa,
+        )
+    else:
+        whole = state_of(call)
+        received = _received(call, chosen, size, asking, whole.lse)
+    with torch.no_grad():
+        observers = observers if observers.shape[1] == 1 or every else observers[:, chosen]
+        found = rule.sinks(received[..., :size], observers[..., :size], real[:, :size])
+        marks[:, chosen, :size] = found.long()
+    return FoundSinks(marks, whole)
+
+
+def _observers(seen: Seen, real: Tensor) -> Int[Tensor, "#batch #heads keys"]:
+    """How many queries of the prompt see each key that one of them has the place of."""
+    if seen.visible is None:
+        return torch.flip(real.flip(-1).cumsum(-1), (-1,))[:, None]
+    size = real.shape[-1]
+    return (seen.visible[:, :, :, :size] & real[:, None, :, None]).sum(2)
+
+
+@torch.no_grad()
+def _received(
+    call: AttentionCall, chosen: Tensor, size: int, asking: Tensor, lse: Tensor
+) -> Float[Tensor, "batch some_heads keys"]:
+    """What the first keys receive from the prompt, in some of the heads."""
     kv = chosen // (call.num_heads // call.key.shape[1])
     mask = hiding(call.attn_mask)
     if mask is not None:
-        mask = mask.expand(*mask.shape[:2], call.query_length, keys)[:, :, :size, :size]
-        mask = mask if every or mask.shape[1] == 1 else mask[:, chosen]
-    received = column_mass(
-        (call.query if every else call.query[:, chosen])[:, :, :size],
-        (call.key if every else call.key[:, kv])[:, :, :size],
-        None if asking is None else asking[:, None].to(lse.dtype),
+        mask = mask.expand(*mask.shape[:2], call.query_length, call.key_length)
+        mask = mask[:, :, :size, :size]
+        mask = mask if mask.shape[1] == 1 else mask[:, chosen]
+    return column_mass(
+        call.query[:, chosen, :size],
+        call.key[:, kv, :size],
+        asking[:, :, :size],
         attn_mask=mask,
         is_causal=call.is_causal,
         scale=call.softmax_scale,
-        enable_gqa=call.enable_gqa and every,
-        lse=(lse if every else lse[:, chosen])[:, :, :size],
+        lse=lse[:, chosen, :size],
     )
-    observers = observers if observers.shape[1] == 1 or every else observers[:, chosen]
-    marks[:, chosen, :size] = rule.sinks(received, observers, real).long()
-    return marks

@@ -7,7 +7,8 @@ Rows (where a query looks): `entropy`, `normalized_entropy`, `renyi_entropy`,
 Columns (what a key receives) and the whole map: `column_mass`, `column_importance`, `pooled_map`,
 `received_features`; several at once from one pass: `column_summary`.
 
-Rows and columns at once: `map_summary`.
+Rows and columns at once: `map_summary`. Attention itself and what each key receives:
+`state_and_column_mass`.
 
 Bounds: `entropy_lower_bound`, and what goes into it: `centred_logit_norm`, `global_logit_norm`.
 
@@ -44,11 +45,13 @@ from attending.core.statistics.rows import (
     second_moment,
     varentropy,
 )
+from attending.core.statistics.state_and_mass import StateAndMass, state_and_column_mass
 
 __all__ = [
     "ColumnSummary",
     "MapSummary",
     "RowSummary",
+    "StateAndMass",
     "centred_logit_norm",
     "class_mass",
     "column_importance",
@@ -71,6 +74,7 @@ __all__ = [
     "renyi_entropy",
     "row_summary",
     "second_moment",
+    "state_and_column_mass",
     "token_similarity",
     "varentropy",
 ]
