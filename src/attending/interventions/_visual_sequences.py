@@ -92,8 +92,7 @@ class Sequences:
         """A forward of the model begins: a pre-hook."""
         given = arguments_of(module, args, kwargs)
         cache = cache_of(given)
-        length = getattr(cache, "get_seq_length", None)
-        past = int(length()) if callable(length) else 0
+        past = _length_of(cache)
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if isinstance(ids, Tensor) else embeddings
         if not isinstance(source, Tensor):
@@ -160,6 +159,16 @@ def cache_of(given: Mapping[str, Any]) -> object:
         if given.get(name) is not None:
             return given[name]
     return None
+
+
+def _length_of(cache: object) -> int:
+    length = getattr(cache, "get_seq_length", None)
+    if cache is not None and not callable(length):
+        raise ValueError(
+            "model: expected a cache that knows its length, as those of transformers do "
+            f"(get_seq_length), got {type(cache).__name__}."
+        )
+    return int(length()) if callable(length) else 0
 
 
 def match_batch(tensor: Tensor, batch: int, name: str) -> Tensor:
