@@ -40,6 +40,7 @@ class _Forward:
         present: all hidden states, as they were when dropped.
         raters: SparseVLM's text tokens, what each counts.
         scores: of what is left, once they are known.
+        prunes: whether it brings an image.
         held: what the caches hold after this forward, by the layer from which on.
         left: image tokens of a row, by the layer from which on.
     """
@@ -50,6 +51,7 @@ class _Forward:
     start: int
     images: int
     schedule: Mapping[int, int]
+    prunes: bool
     columns: Columns | None = None
     present: Float[Tensor, "batch tokens dim"] | None = None
     raters: Float[Tensor, "batch tokens"] | None = None
@@ -57,11 +59,6 @@ class _Forward:
     held: dict[int, Columns] = field(default_factory=dict)
     left: dict[int, int] = field(default_factory=dict)
     narrowed: tuple[object, dict[str, Any]] | None = None
-
-    @property
-    def prunes(self) -> bool:
-        """Whether it brings an image."""
-        return bool(self.image.any())
 
 
 class LanguagePruning:
@@ -127,7 +124,8 @@ class LanguagePruning:
             )
         images = images_in(given) // len(image)
         schedule = dict(self.schedule(int(counts[0]) // images)) if images else {}
-        self.forward = _Forward(image, real, past, start, images, schedule)
+        prunes = bool(counts.any())
+        self.forward = _Forward(image, real, past, start, images, schedule, prunes)
 
     def _past(self, cache: object, start: int, batch: int) -> dict[int, Columns]:
         if cache is None or start == 0 or cache not in self._held:
@@ -150,8 +148,10 @@ class LanguagePruning:
         if layer == 0 and self.by_text and forward.prunes:
             forward.raters = _raters(hidden, forward)
         _check_width(hidden.shape[1], forward)
-        if layer in forward.schedule or layer in forward.past:
+        if layer in forward.schedule and forward.prunes:
             hidden = self._drop(layer, hidden, forward)
+        if layer in forward.schedule or layer in forward.past:
+            _hold(layer, forward)
         held = [number for number in forward.held if number <= layer]
         if not held:
             return None
@@ -162,44 +162,38 @@ class LanguagePruning:
         return (hidden, *args[1:]), kwargs | forward.narrowed[1]
 
     def _drop(self, layer: int, hidden: Tensor, forward: _Forward) -> Tensor:
-        """What is left of the hidden states, and which tokens that is."""
-        batch = len(hidden)
-        columns = _left(forward)
+        """What is left of the hidden states; the forward learns which tokens that is."""
+        batch, columns = len(hidden), _left(forward)
+        scores, forward.scores = forward.scores, None
         image = forward.image.gather(1, columns)
         here = int(image[0].sum())
-        keep = min(forward.schedule.get(layer, here) * forward.images, here)
-        if forward.prunes and keep < here:
-            if forward.scores is None:
-                raise ValueError(
-                    "model: expected an attention call in the layer before the one that prunes, "
-                    'saw none. Call model.set_attn_implementation("sdpa") first.'
-                )
-            if forward.present is None:
-                forward.present = hidden
-            else:
-                forward.present = put(forward.present, columns, hidden)
-            scores = forward.scores[:, -columns.shape[1] :]
-            places = image.nonzero()[:, 1].view(batch, here)
-            scores = scores.gather(1, places)
-            if self.by_text:
-                kept = recycle(take(hidden, places), scores, keep)
-                stay, states = places.gather(1, kept.index), kept.tokens.to(hidden.dtype)
-                hidden = put(hidden, stay, states)
-            else:
-                order = scores.sort(dim=-1, descending=True, stable=True).indices
-                stay = places.gather(1, order[:, :keep])
-            left = (~image).scatter(1, stay, True)
-            chosen = left.nonzero()[:, 1].view(batch, -1)
-            hidden, columns = take(hidden, chosen), columns.gather(1, chosen)
-            forward.columns = columns
-            here = stay.shape[1]
-        forward.scores = None
+        keep = min(forward.schedule[layer] * forward.images, here)
         forward.left[layer] = here
-        past = forward.past.get(layer)
-        if past is None:
-            past = torch.arange(forward.start, device=hidden.device).expand(batch, -1)
-        forward.held[layer] = torch.cat([past, forward.start + columns], 1)
-        return hidden
+        if keep == here:
+            return hidden
+        if scores is None:
+            raise ValueError(
+                "model: expected an attention call in the layer before the one that prunes, saw "
+                'none. Call model.set_attn_implementation("sdpa") first.'
+            )
+        if forward.present is None:
+            forward.present = hidden
+        else:
+            forward.present = put(forward.present, columns, hidden)
+        places = image.nonzero()[:, 1].view(batch, here)
+        scores = scores[:, -columns.shape[1] :].gather(1, places)
+        if self.by_text:
+            kept = recycle(take(hidden, places), scores, keep)
+            stay = places.gather(1, kept.index)
+            hidden = put(hidden, stay, kept.tokens)
+        else:
+            order = scores.sort(dim=-1, descending=True, stable=True).indices
+            stay = places.gather(1, order[:, :keep])
+        left = (~image).scatter(1, stay, True)
+        chosen = left.nonzero()[:, 1].view(batch, -1)
+        forward.columns = columns.gather(1, chosen)
+        forward.left[layer] = stay.shape[1]
+        return take(hidden, chosen)
 
     def look(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         """A handler: ranks tokens by the attention of the layer before they are dropped."""
@@ -255,6 +249,15 @@ class LanguagePruning:
             for layer, left in sorted(forward.left.items()):
                 widths[layer:] = [left] * (self.num_layers - layer)
             self.done(rows * before, rows * sum(widths) / self.num_layers)
+
+
+def _hold(layer: int, forward: _Forward) -> None:
+    """What the cache of a layer will hold: what it held, and what is left of the new tokens."""
+    columns = _left(forward)
+    past = forward.past.get(layer)
+    if past is None:
+        past = torch.arange(forward.start, device=columns.device).expand(len(columns), -1)
+    forward.held[layer] = torch.cat([past, forward.start + columns], 1)
 
 
 def _check_width(found: int, forward: _Forward) -> None:

@@ -263,10 +263,12 @@ def vis_pruner(
         return order[:, :keep]
     rest = order[:, important:]
     unit = unit_vectors(features)
+    cosine = (unit @ unit.transpose(1, 2)).flatten(1)
     while rest.shape[1] > keep - important:
         even, odd = rest[:, ::2], rest[:, 1::2]
         drop = min(8, rest.shape[1] - (keep - important), even.shape[1])
-        likeness = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(-1)
+        pairs = even[:, :, None] * tokens + odd[:, None, :]
+        likeness = cosine.gather(1, pairs.flatten(1)).view(pairs.shape).amax(-1)
         stay = most_attended(likeness, even.shape[1])[:, drop:]
         rest = torch.cat([even.gather(1, stay), odd], 1)
     return torch.cat([order[:, :important], rest], 1)
