@@ -18,6 +18,7 @@ from attending.interventions.visual_attention_redistribution import (
     redistribute_attention,
     select_image_centric_heads,
 )
+from attending.probes.outliers import find_outliers
 from tests.interventions.vision_language_models import (
     BOS,
     IMAGE,
@@ -419,6 +420,21 @@ def test_sink_dimensions_are_found_where_they_were_planted(llava: Any) -> None:
         find_sink_dimensions(model, inputs, layers=(5,))
     with pytest.raises(ValueError, match="k: expected 1 to 32"):
         find_sink_dimensions(model, inputs, k=33)
+
+
+def test_the_channel_found_is_the_one_with_the_outliers() -> None:
+    llama = at.zoo.load("llama-stdlib")
+    inputs = {
+        "input_ids": torch.tensor([llama.tokenizer.encode("import os\n\nclass A:\n    pass")])
+    }
+    found = find_sink_dimensions(llama.model, inputs)
+    report = find_outliers(llama.model, inputs, criterion="median")
+    blocks = [one for one in report.activations if one.where == "block"]
+    assert {max(range(192), key=one.by_channel.__getitem__) for one in blocks} == {
+        found.dimensions[0]
+    }
+    assert found.shares[0] > 0.7
+    assert found.shares[1] < 0.3125  # the paper's threshold
 
 
 def test_it_is_stored_as_json(tmp_path) -> None:
