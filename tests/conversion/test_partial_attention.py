@@ -194,7 +194,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=r"source_mask: .*has to be in the first"), block:
             model(ids_of(1, 4))
         inner = handle.source(torch.ones(1, 3, dtype=torch.bool))
-        with handle.source(torch.ones(1, 3, dtype=torch.bool)):
-            with pytest.raises(RuntimeError, match="open already"):
-                inner.__enter__()
+        outer = handle.source(torch.ones(1, 3, dtype=torch.bool))
+        with outer, pytest.raises(RuntimeError, match="open already"):
+            inner.__enter__()
     assert not hasattr(model.model.layers[0], "partial_attention")
