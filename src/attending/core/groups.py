@@ -32,6 +32,8 @@ from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend
 
 GATHERED = 256  # members up to which a group's keys are gathered rather than the others hidden
+DENSE_BYTES = 2**19  # of a map up to which it is stored
+FEW_QUERIES = 16  # up to which it is stored, within CHUNK_BYTES, as when a model decodes
 
 # The least share of a row at which the rest of it is had by subtraction: what the kernel rounds
 # grows by the inverse. Below, the row is computed again.
@@ -74,8 +76,9 @@ def group_states(
 ) -> tuple[AttentionState, ...]:
     """The state of each query over each group of keys; merged they are `attention_state`.
 
-    Small groups are gathered, large ones are had by hiding the other keys; never is the map stored
-    (small maps, within 32 MB, are: that is faster). Differentiable in query, key and value.
+    Small groups are gathered, large ones are had by hiding the other keys; the map is not stored
+    (but for a few queries, or within half a megabyte, where that is faster). Differentiable in
+    query, key and value.
 
     Args:
         query, key, value, attn_mask, is_causal, scale, enable_gqa: as in `attention_state`.
@@ -99,7 +102,8 @@ def group_states(
     if whole is not None:
         _check_whole(whole, scene)
     entries = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    if 0 < 4 * entries <= CHUNK_BYTES:
+    stored = CHUNK_BYTES if query.shape[2] <= FEW_QUERIES else DENSE_BYTES
+    if 0 < 4 * entries <= stored:
         return _from_scores(scene, labels, count)
     parts = [_part(scene, labels == group) for group in range(1, count)]
     if whole is None:
