@@ -36,7 +36,8 @@ What it does not do: other models than `LlavaModel` of transformers (a `ValueErr
 caches (their masks are built for the full length), and images of different sizes in one call. With
 `fastv` and `sparsevlm` the caches of the layers have different lengths; `get_seq_length()` of a
 cache is then that of its first layer, which all of transformers' bookkeeping agrees with. Each row
-of a batch must then have the same number of images.
+of a batch must then have the same number of images, and interventions that mark tokens for all
+layers, such as visual attention redistribution, cannot be nested with them.
 """
 
 import threading
