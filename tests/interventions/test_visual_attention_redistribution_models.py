@@ -393,6 +393,9 @@ def test_refusals(llava: Any) -> None:
         METHOD(llava.model.language_model),
     ):
         llava.model.language_model(inputs["input_ids"])
+    training = tiny_llava(attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"model: expected no dropout.*eval"), METHOD(training):
+        training(**inputs)
     with pytest.raises(ValueError, match="model: expected one stack of decoder layers"):
         language_layers(torch.nn.Linear(2, 2))
 
