@@ -135,21 +135,27 @@ class MomentumLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         Raises:
             ValueError: if the attention mask does not fit `input_ids`.
         """
+        # Few operations on tensors: after a forward each of them finds its code out of the cache.
         self._follow(input_ids)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.float()
         probabilities = scores.softmax(-1)
         if self.top_k == 1:  # of several maxima the first, as in greedy search
             top, candidates = probabilities.max(-1, keepdim=True)
         else:
             top, candidates = probabilities.topk(min(self.top_k, scores.shape[-1]))
-        result = torch.full_like(scores, -math.inf)
-        top = torch.where(scores.gather(-1, candidates) == -math.inf, result[:, :1], top)
-        rows = zip(self._walks, self._finished, candidates.tolist(), top.tolist(), strict=True)
+        probable, ids = top.tolist(), candidates.tolist()
+        if not all(row[-1] > 0 for row in probable):  # excluded, or only very improbable?
+            excluded = scores.gather(-1, candidates) == -math.inf
+            probable = top.masked_fill(excluded, -math.inf).tolist()
         ranked = [
-            probable if finished else self._rank(walk, ids, probable)
-            for walk, finished, ids, probable in rows
+            self._rank(self._walks[row], ids[row], numbers) if not self._finished[row] else numbers
+            for row, numbers in enumerate(probable)
         ]
-        return result.scatter_(-1, candidates, result.new_tensor(ranked))
+        result = torch.full_like(scores, -math.inf)
+        return result.scatter_(
+            -1, candidates, torch.tensor(ranked, dtype=result.dtype, device=result.device)
+        )
 
     def reset(self) -> None:
         """Forget all sequences: the next call starts with a prompt."""
@@ -161,26 +167,30 @@ class MomentumLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         best = max(scores)
         if best == -math.inf:
             scores[0] = best = probable[0] if probable[0] > -math.inf else 0.0
-        self.run.tokens += 1
-        self.run.new += depths[0] == 0
-        self.run.returned += depths[0] > 0 and scores[0] == best
-        self.run.reranked += scores[0] < best
+        run = self.run
+        run.tokens += 1
+        if scores[0] < best:
+            run.reranked += 1
+        elif depths[0]:
+            run.returned += 1
+        else:
+            run.new += 1
         return scores
 
     def _follow(self, input_ids: Tensor) -> None:
         """Bring the walks to these tokens: by one step, or from the start."""
         seen, self._seen = self._seen, input_ids
-        goes_on = (
-            seen is not None
-            and input_ids.shape == (len(seen), seen.shape[1] + 1)
-            and torch.equal(input_ids[:, :-1], seen)
-        )
-        if not goes_on:
-            self._finished = [False] * len(input_ids)
-            prompts = [[]] * len(input_ids) if self.ignore_prompt else self._prompts(input_ids)
+        rows, length = input_ids.shape
+        if (
+            seen is None
+            or seen.shape != (rows, length - 1)
+            or not torch.equal(input_ids.narrow(1, 0, length - 1), seen)
+        ):
+            self._finished = [False] * rows
+            prompts = [[]] * rows if self.ignore_prompt else self._prompts(input_ids)
             self._walks = [Walk(len(self.penalties) - 1, prompt) for prompt in prompts]
             return
-        for row, token in enumerate(input_ids[:, -1].tolist()):
+        for row, (token,) in enumerate(input_ids.narrow(1, length - 1, 1).tolist()):
             if not self._finished[row]:
                 self._walks[row].extend((token,))
                 self._finished[row] = token in self.eos_token_ids
