@@ -319,11 +319,24 @@ def test_a_function_selects(model: nn.Module) -> None:
             model(**inputs)
 
 
+@pytest.mark.parametrize("selector", ["agile", "prumerge+", "fastv"])
+def test_a_share_is_kept(model: nn.Module, selector: str) -> None:
+    inputs = inputs_for(*TEXTS)
+    with VisualTokenPruning(selector, 0.25)(model), torch.no_grad():
+        share = model(**inputs)
+    with VisualTokenPruning(selector, 4)(model), torch.no_grad():
+        count = model(**inputs)
+    assert torch.equal(share.logits, count.logits)
+    assert cache_lengths(share.cache) == cache_lengths(count.cache)
+
+
 def test_calibrate_and_settings(model: nn.Module, tmp_path: Any) -> None:
     images = pixels(6).double()
     mean = visual_tokens(model, images).effective_rank.mean().item()
     method = VisualTokenPruning("agile", 7).calibrate(model, images)
     assert method.erank_avg == pytest.approx(mean)
+    whole = {"pixel_values": images, "input_ids": TEXTS[0]}
+    assert VisualTokenPruning().calibrate(model, whole).erank_avg == pytest.approx(mean)
     batches = ({"pixel_values": images[:4]}, {"pixel_values": images[4:]})
     assert VisualTokenPruning().calibrate(model, batches).erank_avg == pytest.approx(mean)
     assert load_settings(VisualTokenPruning, save_settings(method, tmp_path / "a.json")) == method
@@ -366,8 +379,9 @@ def test_what_cannot_be_pruned_says_so(model: nn.Module) -> None:
         prune_visual_tokens(llama)
     with pytest.raises(ValueError, match="selector: expected one of agile"):
         prune_visual_tokens(model, "best")
-    with pytest.raises(ValueError, match="keep: expected a whole number"):
-        prune_visual_tokens(model, keep=0)
+    for keep in (0, 0.0, 1.5, True):
+        with pytest.raises(ValueError, match="keep: expected a whole number"):
+            prune_visual_tokens(model, keep=keep)
     with pytest.raises(ValueError, match="positions: expected"):
         prune_visual_tokens(model, positions="none")
     for selector in MERGING:

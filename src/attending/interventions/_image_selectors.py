@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attending.interventions._image_features import Choose, KeptImage, Needs, Seen
+from attending.sparse._tokens import check_keep
 from attending.sparse.merged_tokens import MergedTokens, pru_merge, vision_zip
 from attending.sparse.visual_tokens import METHODS, Method, select_tokens
 
@@ -34,9 +35,25 @@ def needs_of(selector: str | Selector) -> Needs:
     return Needs(attention="features")
 
 
+def kept_of(keep: int | float, tokens: int) -> int:
+    """How many of so many tokens: a number is one, a share is rounded to at least one.
+
+    Raises:
+        ValueError: for a number below 1, or a share that is not above 0 and at most 1.
+    """
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise ValueError(
+                "keep: expected a whole number of tokens, at least 1, or a share of them above 0 "
+                f"and at most 1, got {keep!r}."
+            )
+        return max(1, round(keep * tokens))
+    return check_keep(keep)
+
+
 def chooser(
     selector: str | Selector,
-    keep: int,
+    keep: int | float,
     *,
     erank_avg: float,
     tau_max: float,
@@ -48,12 +65,14 @@ def chooser(
     generator = torch.Generator().manual_seed(seed)
 
     def choose(seen: Seen) -> list[KeptImage]:
-        if selector == "visionzip" or selector in ("prumerge", "prumerge+"):
-            return _merged(seen, str(selector), keep)
         features, attention = seen.features.detach(), seen.attention
+        before = features.shape[1]
+        count = kept_of(keep, before)
+        if selector == "visionzip" or selector in ("prumerge", "prumerge+"):
+            return _merged(seen, str(selector), count)
         if callable(selector):
             assert attention is not None
-            index = _checked(selector(features, attention, keep), features, keep)
+            index = _checked(selector(features, attention, count), features, count)
         else:
             if attention is None:  # not looked at by this selector
                 attention = torch.zeros(features.shape[:2], device=features.device)
@@ -61,7 +80,7 @@ def chooser(
             index = select_tokens(
                 features,
                 attention.to(features.device),
-                keep,
+                count,
                 method,
                 erank_avg=erank_avg,
                 tau_max=tau_max,
@@ -69,7 +88,6 @@ def chooser(
                 attention_share=attention_share,
                 generator=generator,
             )
-        before = features.shape[1]
         return [
             KeptImage(tokens[place], place, before)
             for tokens, place in zip(seen.features, index, strict=True)

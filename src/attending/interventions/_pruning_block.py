@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attending.interventions._image_features import Images, KeptImage, watched_features
-from attending.interventions._image_selectors import IN_LANGUAGE_MODEL, chooser, needs_of
+from attending.interventions._image_selectors import IN_LANGUAGE_MODEL, chooser, kept_of, needs_of
 from attending.interventions._language_pruning import LanguagePruning
 from attending.interventions._pruned_inputs import (
     Shortened,
@@ -215,11 +215,12 @@ class PruningBlock:
         layers = list(language_layers(language_model).values())
 
         def schedule(tokens: int) -> dict[int, int]:
+            keep = kept_of(method.keep, tokens)
             if method.selector == "fastv":
-                return {method.layer: method.keep}
+                return {method.layer: keep}
             if method.schedule is not None:
                 return dict(method.schedule)
-            return sparse_vlm_schedule(len(layers), method.keep, tokens)
+            return sparse_vlm_schedule(len(layers), keep, tokens)
 
         pruning = LanguagePruning(
             schedule,

@@ -50,12 +50,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attending.interventions._image_selectors import IN_LANGUAGE_MODEL, MERGING, NAMES, Selector
+from attending.interventions._image_selectors import (
+    IN_LANGUAGE_MODEL,
+    MERGING,
+    NAMES,
+    Selector,
+    kept_of,
+)
 from attending.interventions._pruned_inputs import Positions
 from attending.interventions._pruning_block import PruningBlock
 from attending.interventions._pruning_run import PruningRun, llava_model
 from attending.probes.visual_tokens import visual_tokens
-from attending.sparse._tokens import check_keep
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class VisualTokenPruning:
         selector: a name from the table of the module, or a function
             `(features, attention, keep) -> indices` of tensors `[images, tokens, dim]`,
             `[images, tokens]` to `[images, keep]`.
-        keep: tokens of each image. All of them are kept, and nothing is changed, if an image has no
-            more. For `sparsevlm` a budget, see `sparse.language_tokens.sparse_vlm_schedule`.
+        keep: tokens of each image: a whole number, or as a float a share of them; 1/9 is 64 of the
+            576 of LLaVA-1.5. If an image has no more, all are kept and nothing is changed. For
+            `sparsevlm` a budget, see `sparse.language_tokens.sparse_vlm_schedule`.
         erank_avg: for `agile`, the mean effective rank of images. 90 is LLaVA-1.5-7B's; it belongs
             to the model, and `calibrate` measures it.
         tau_max: for `agile`, the largest distance below which tokens are too alike.
@@ -87,7 +93,7 @@ class VisualTokenPruning:
     """
 
     selector: str | Selector = "agile"
-    keep: int = 64
+    keep: int | float = 1 / 9
     erank_avg: float = 90.0
     tau_max: float = 0.25
     tau: float = 0.1
@@ -103,7 +109,7 @@ class VisualTokenPruning:
                 f"selector: expected one of {', '.join(NAMES)}, or a function; got "
                 f"{self.selector!r}."
             )
-        check_keep(self.keep)
+        kept_of(self.keep, 1)
         if self.positions not in ("compact", "original"):
             raise ValueError(
                 f'positions: expected "compact" or "original", got {self.positions!r}.'
@@ -151,7 +157,9 @@ class VisualTokenPruning:
         return Pruning(self, model)
 
     def calibrate(
-        self, model: nn.Module, data: Tensor | Iterable[Tensor | Mapping[str, Any]]
+        self,
+        model: nn.Module,
+        data: Tensor | Mapping[str, Any] | Iterable[Tensor | Mapping[str, Any]],
     ) -> "VisualTokenPruning":
         """The same method with `erank_avg` as it is on these images.
 
@@ -164,7 +172,7 @@ class VisualTokenPruning:
             ValueError: without images, or for a model that `probes.visual_tokens` cannot look at.
         """
         inner = llava_model(model)
-        batches = [data] if isinstance(data, Tensor) else data
+        batches = [data] if isinstance(data, Tensor | Mapping) else data
         ranks: list[Tensor] = []
         for batch in batches:
             pixels = batch if isinstance(batch, Tensor) else batch["pixel_values"]
@@ -209,7 +217,7 @@ class Pruning(AbstractContextManager[PruningRun]):
 def prune_visual_tokens(
     model: nn.Module,
     selector: str | Selector = "agile",
-    keep: int = 64,
+    keep: int | float = 1 / 9,
     *,
     erank_avg: float = 90.0,
     layer: int = 2,
@@ -223,7 +231,7 @@ def prune_visual_tokens(
     Args:
         model: as in `VisualTokenPruning.__call__`.
         selector: as in `VisualTokenPruning`, and so are the others.
-        keep: tokens of each image.
+        keep: tokens of each image, or a share of them.
         erank_avg: for `agile`.
         layer: for `fastv`.
         positions: `"compact"` or `"original"`.
