@@ -16,13 +16,16 @@ What is counted:
   own length;
 - for each layer by itself. A UNet has four numbers of tokens, and the T of its top level in its
   deep levels would correct them too little or too much;
-- in joint attention over text and image (SD3, Flux) the tokens of both, as in Lumina 2;
+- in joint attention over text and image (SD3, Flux) the tokens of both, as in Lumina 2 (whose
+  processor in diffusers counts padding, too);
 - with causal masks, row by row: a token's factor depends on the tokens before it and no later ones,
   so that decoding with a cache computes what one forward does. A row with fewer keys than T was in
   training just so (row i of a sequence of T tokens sees i + 1), so by default its factor is 1:
   only rows beyond T change. That is ours; the paper has no causal models.
 
-Cross-attention is left alone, as in the paper: its keys (77 tokens of text) do not change.
+Where attention goes along one axis of several (time, rows), its layers have a T of their own: that
+of the axis. Cross-attention is left alone, as in the paper: its keys (77 tokens of text) do not
+change. A bias that the model adds to the logits (ALiBi, relative positions) stays as it is.
 
 The number of keys changes the statistics of attention. Convolutions, position codes and all else
 that a model knows of its size stay as they are.
