@@ -4,6 +4,7 @@ Measures run downward and contenders to the right, so that a line compares them.
 many for the width, the table goes on below.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ HINT = "to_frame() has every number; to_html(path) writes a page; to_json(path) 
 
 def as_text(trial: Trial) -> str:
     """What `print(trial)` shows."""
-    lines = [f"{printable(trial.model)}: {facts(trial)}"]
+    lines = _wrapped(f"{printable(trial.model)}: {facts(trial)}")
     for table in _tables(trial, _WIDTH):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines.append("")
@@ -37,8 +38,13 @@ def as_text(trial: Trial) -> str:
             lines.append((" " * _GAP).join(cells).rstrip())
             if number == 0:
                 lines.append("-" * (sum(widths) + _GAP * (len(widths) - 1)))
-    lines += _notes(trial)
+    for note in _notes(trial):
+        lines += _wrapped(note) or [""]
     return "\n".join([*lines, "", *legend(trial), HINT])
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, _WIDTH, subsequent_indent="  ")
 
 
 def print_trial(trial: Trial, console: "Console | None" = None) -> None:

@@ -73,7 +73,7 @@ def verdict(trial: Trial, row: TrialRow, measure: Measure) -> Literal["better", 
 
 def note_of(row: TrialRow) -> str:
     """Status and notes in a line; "" where all is well."""
-    notes = "; ".join(printable(note) for note in row.notes)
+    notes = "; ".join(printable(note).removesuffix(".") for note in row.notes)
     if row.status == "ran":
         return notes
     return f"{row.status}: {notes}" if notes else row.status

@@ -259,7 +259,8 @@ def _read(text: str, kind: Any) -> Any:
 
 def _in_words(kind: Any) -> str:
     if isinstance(kind, list):
-        return f"{' or '.join(_in_words(one) for one in kind)}s with / between them"
+        inner = " or ".join(f"{_in_words(one).removeprefix('a ')}s" for one in kind)
+        return f"{inner} with / between them"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     if kind is type(None):
         return "none"

@@ -235,7 +235,10 @@ def _note_what_changed_nothing(stages: Sequence[Stage], contenders: Sequence[Con
     for contender in contenders:
         same = [stage.same[contender.name] for stage in stages if contender.name in stage.same]
         if contender.stack and contender.status == "ran" and same and all(same):
-            text = f"all that it gave is bit for bit that of {plain.name!r}"
+            if all(isinstance(stage, TaskStage) for stage in stages if stage.same):
+                text = f"its scores and answers are those of {plain.name!r}"
+            else:
+                text = f"all that it gave is bit for bit that of {plain.name!r}"
             if not any(isinstance(stage, GenerationStage | TaskStage) for stage in stages):
                 text += "; a way to decode shows with generate=..."
             contender.note(text)
