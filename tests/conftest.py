@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-SHAPELY_ROOMS = ("core", "nn", "losses", "probes", "models", "interventions", "decoding")
+SHAPELY_ROOMS = ("core", "nn", "losses", "probes", "models", "interventions", "sparse", "decoding")
 
 # A first call may load kernels, so no deadline. Under CI the examples are the same in every run:
 # what fails there fails here, too.
