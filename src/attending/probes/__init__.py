@@ -18,5 +18,7 @@ Each probe is a module; import the one you need.
 - `attending.probes.hallucination`: POPE and CHAIR, whether a model sees what is not there.
 - `attending.probes.text`: repetition and diversity of texts.
 - `attending.probes.continuations`: coherence and greedy ratio of what a model wrote.
+- `attending.probes.anomaly`: AUROC and AUPRO of anomaly maps.
+- `attending.probes.image_quality`: PSNR and SSIM of restored images.
 - `attending.probes.mauve`: how far texts of a model are from texts of people.
 """
