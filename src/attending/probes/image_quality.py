@@ -103,7 +103,8 @@ def ssim(
     similar = similar / (
         (mean_a.square() + mean_b.square() + c_1) * (variance_a + variance_b + c_2)
     )
-    return similar.mean((1, 2, 3)).unflatten(0, images.shape[:2]).mean(1)
+    channels: Tensor = similar.mean((1, 2, 3)).unflatten(0, images.shape[:2])
+    return channels.mean(1)
 
 
 def _checked(images: Tensor, truth: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
