@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attending as at
-from attending.core import groups as engine
+from attending.core import _key_groups as engine
 from attending.core import reference
 from attending.core.groups import (
+    attention_with_masses,
     group_masses,
     group_states,
     member_indices,
@@ -64,12 +65,14 @@ def labelled(draw: st.DrawFn, **kinds) -> tuple[Problem, Tensor]:
 @contextmanager
 def on_path(path: str) -> Iterator[None]:
     """Small maps are computed densely, so the other ways have to be asked for."""
-    before = engine.CHUNK_BYTES, engine.GATHERED
-    engine.CHUNK_BYTES, engine.GATHERED = {"dense": (2**40, 64), "fused": (0, 20)}[path]
+    names = ("CHUNK_BYTES", "DENSE_BYTES", "GATHERED")
+    before = {name: getattr(engine, name) for name in names}
+    wanted = {"dense": (2**40, 2**40, 256), "fused": (0, 0, 20)}[path]
+    vars(engine).update(zip(names, wanted, strict=True))
     try:
         yield
     finally:
-        engine.CHUNK_BYTES, engine.GATHERED = before
+        vars(engine).update(before)
 
 
 PATHS = st.sampled_from(("dense", "fused"))
@@ -178,6 +181,20 @@ def test_edited_output_is_that_of_the_edited_map(case, edit, whole: bool, path: 
     torch.testing.assert_close(after.sum(0), before.sum(0))  # rows sum to what they summed to
     wanted = edited(problem, groups, *edit) @ dense_value(problem)
     assert_close(mix(states, after), wanted, problem.query.dtype)
+    with on_path(path):
+        found = attention_with_masses(
+            problem.query,
+            problem.key,
+            problem.value,
+            groups,
+            lambda masses: move_mass(masses, *edit),
+            **problem.call,
+            num_groups=4,
+            whole=state if whole else None,
+        )
+    assert_close(found.output, wanted, problem.query.dtype)
+    torch.testing.assert_close(found.masses, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.new_masses, after, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=25)
@@ -204,8 +221,8 @@ def test_plain_attention_of_the_reweighted_pair_is_the_edited_map(case, edit) ->
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 2**31), st.sampled_from((0, 2**40)))
-def test_gradients_are_those_of_the_reference(seed: int, limit: int) -> None:
+@given(st.integers(0, 2**31), PATHS)
+def test_gradients_are_those_of_the_reference(seed: int, path: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(1, heads, 9, 4, generator=generator, dtype=torch.float64).requires_grad_()
@@ -213,20 +230,26 @@ def test_gradients_are_those_of_the_reference(seed: int, limit: int) -> None:
     )
     groups = torch.rand(1, 4, 9, generator=generator) < 0.3
     problem = Problem(query, key, value, None, True, None, True)
-    before = engine.CHUNK_BYTES
-    engine.CHUNK_BYTES = limit
-    try:
-        state = at.attention_state(query, key, value, is_causal=True, enable_gqa=True)
+    state = at.attention_state(query, key, value, is_causal=True, enable_gqa=True)
+    with on_path(path):
         states = group_states(
             query, key, value, groups, is_causal=True, enable_gqa=True, whole=state
         )
-        output = mix(states, move_mass(group_masses(states), {1: 0.6}, (0,)))
-    finally:
-        engine.CHUNK_BYTES = before
+        once = attention_with_masses(
+            query,
+            key,
+            value,
+            groups,
+            lambda masses: move_mass(masses, {1: 0.6}, (0,)),
+            is_causal=True,
+            enable_gqa=True,
+            whole=state,
+        ).output
+    output = mix(states, move_mass(group_masses(states), {1: 0.6}, (0,))) + once
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad((output * weight).sum(), (query, key, value))
     wanted = torch.autograd.grad(
-        ((edited(problem, groups, {1: 0.6}, (0,)) @ dense_value(problem)) * weight).sum(),
+        (2 * (edited(problem, groups, {1: 0.6}, (0,)) @ dense_value(problem)) * weight).sum(),
         (query, key, value),
     )
     for one, other in zip(found, wanted, strict=True):

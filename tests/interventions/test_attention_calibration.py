@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attending as at
-from attending.core import groups as engine
+from attending.core import _key_groups as engine
 from attending.core import reference
 from attending.interventions.attention_calibration import (
     AttentionCalibration,
@@ -173,7 +173,8 @@ def calls_and_outputs(
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_model_is_edited_as_its_maps(monkeypatch, model, ids, padding: str, dense: bool) -> None:
     """Every row of every item and head, GQA, against the dense operator on the model's own maps."""
-    monkeypatch.setattr(engine, "CHUNK_BYTES", 2**40 if dense else 0)
+    for name in ("CHUNK_BYTES", "DENSE_BYTES"):
+        monkeypatch.setattr(engine, name, 2**40 if dense else 0)
     mask = {"none": torch.ones_like(LEFT), "left": LEFT, "right": LEFT.flip(-1)}[padding]
     found = calls_and_outputs(model, EVERYWHERE, input_ids=ids, attention_mask=mask)
     assert len(found) == 3

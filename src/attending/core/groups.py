@@ -18,46 +18,30 @@ edit into a few more columns of query and key: their plain softmax is the edited
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attending.core._key_groups import (
+    Scene,
+    dense_states,
+    is_small,
+    mixed_output,
+    part_state,
+    rest_of,
+    rest_state,
+)
+from attending.core._key_groups import member_indices as member_indices
 from attending.core.bias import HIDDEN, BiasedPair, add_low_rank_bias
 from attending.core.check import check_arguments
-from attending.core.kernels import CHUNK_BYTES, dense_rows, row_scores
 from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend
 
-GATHERED = 256  # members up to which a group's keys are gathered rather than the others hidden
-DENSE_BYTES = 2**19  # of a map up to which it is stored
-FEW_QUERIES = 16  # up to which it is stored, within CHUNK_BYTES, as when a model decodes
-
-# The least share of a row at which the rest of it is had by subtraction: what the kernel rounds
-# grows by the inverse. Below, the row is computed again.
-LEAST_REST = {torch.float64: 1e-6, torch.float32: 1 / 16}
-LEAST_REST_HALF = 0.5
-
 Groups = Int[Tensor, "#batch group_heads keys"] | Bool[Tensor, "#batch group_heads keys"]
 Masses = Float[Tensor, "groups batch heads queries"]
-
-
-class _Scene(NamedTuple):
-    """What the states are computed from, checked."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    is_causal: bool
-    scale: float
-
-    @property
-    def shared(self) -> int:
-        """Query heads that share a key head."""
-        return self.query.shape[1] // self.key.shape[1]
 
 
 @full_precision
@@ -97,18 +81,16 @@ def group_states(
         ValueError: for arguments that do not fit together; the message names the argument.
     """
     arguments = check_arguments(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    scene = _Scene(query, key, value, arguments.bias, is_causal, arguments.scale)
+    scene = Scene(query, key, value, arguments.bias, is_causal, arguments.scale)
     labels, count = check_groups(groups, scene.query, scene.key, num_groups)
     if whole is not None:
         _check_whole(whole, scene)
-    entries = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    stored = CHUNK_BYTES if query.shape[2] <= FEW_QUERIES else DENSE_BYTES
-    if 0 < 4 * entries <= stored:
-        return _from_scores(scene, labels, count)
-    parts = [_part(scene, labels == group) for group in range(1, count)]
+    if is_small(scene):
+        return dense_states(scene, labels, count)
+    parts = [part_state(scene, labels == group) for group in range(1, count)]
     if whole is None:
-        return (_part(scene, labels == 0), *parts)
-    return (_remainder(scene, labels == 0, whole, parts), *parts)
+        return (part_state(scene, labels == 0), *parts)
+    return (rest_state(scene, labels == 0, whole, parts), *parts)
 
 
 def group_masses(states: Sequence[AttentionState]) -> Masses:
@@ -116,7 +98,10 @@ def group_masses(states: Sequence[AttentionState]) -> Masses:
 
     The shares of a row sum to 1; those of a row that sees no key are 0.
     """
-    lses = torch.stack([state.lse for state in states])
+    return _shares(torch.stack([state.lse for state in states]))
+
+
+def _shares(lses: Tensor) -> Tensor:
     empty = (lses == -math.inf).all(0)
     return torch.softmax(lses.masked_fill(empty, 0.0), 0).masked_fill(empty, 0.0)
 
@@ -184,6 +169,65 @@ def move_mass(masses: Masses, take: Mapping[int, float], give: Sequence[int]) ->
     for group in give:
         factors[group] = 1.0 + gain
     return masses * torch.stack(factors)
+
+
+class EditedAttention(NamedTuple):
+    """Attention whose groups have other masses.
+
+    Attributes:
+        output: after the edit.
+        masses, new_masses: of the groups, before and after.
+    """
+
+    output: Float[Tensor, "batch heads queries value_dim"]
+    masses: Masses
+    new_masses: Masses
+
+
+@full_precision
+def attention_with_masses(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    groups: Groups,
+    change: Callable[[Masses], Masses],
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    num_groups: int | None = None,
+    whole: AttentionState | None = None,
+) -> EditedAttention:
+    """`group_states`, other masses, and `mix` in one, with the state of the rest never formed.
+
+    Group 0, the rest, is what the others leave of the whole, so its output need not be computed:
+    the edited output is a sum of that of the whole and those of the small groups.
+
+    Args:
+        query, key, value, attn_mask, is_causal, scale, enable_gqa: as in `attention_state`.
+        groups, num_groups, whole: as in `group_states`; the whole is computed if it is not given.
+        change: gets the masses of the groups and returns new ones, such as `move_mass`.
+    """
+    arguments = check_arguments(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    scene = Scene(query, key, value, arguments.bias, is_causal, arguments.scale)
+    labels, count = check_groups(groups, query, key, num_groups)
+    if whole is not None:
+        _check_whole(whole, scene)
+    if is_small(scene):
+        states = dense_states(scene, labels, count)
+        masses = group_masses(states)
+        new_masses = change(masses)
+        return EditedAttention(mix(states, new_masses), masses, new_masses)
+    if whole is None:
+        whole = attend(query, key, value, bias=scene.bias, is_causal=is_causal, scale=scene.scale)
+    parts = [part_state(scene, labels == group) for group in range(1, count)]
+    rest = rest_of(scene, labels == 0, whole, parts)
+    lses = torch.stack([rest.lse, *(part.lse for part in parts)])
+    masses = _shares(lses)
+    new_masses = change(masses)
+    output = mixed_output(whole, parts, rest, masses, new_masses)
+    return EditedAttention(output.to(query.dtype), masses, new_masses)
 
 
 @full_precision
@@ -254,140 +298,10 @@ def check_groups(
     return labels, num_groups
 
 
-def _check_whole(whole: AttentionState, scene: _Scene) -> None:
+def _check_whole(whole: AttentionState, scene: Scene) -> None:
     expected = (*scene.query.shape[:3], scene.value.shape[-1])
     if whole.output.shape != expected or whole.lse.shape != expected[:3]:
         raise ValueError(
             f"whole: expected the attention_state of the same arguments, output {list(expected)}, "
             f"got {list(whole.output.shape)} and lse {list(whole.lse.shape)}."
         )
-
-
-def _from_scores(scene: _Scene, labels: Tensor, count: int) -> tuple[AttentionState, ...]:
-    scores = row_scores(0, scene.query, scene.key, scene.bias, scene.is_causal, scene.scale)
-    return tuple(
-        AttentionState(
-            *dense_rows(scores.masked_fill((labels != group)[:, :, None], -math.inf), scene.value)
-        )
-        for group in range(count)
-    )
-
-
-def _part(scene: _Scene, chosen: Tensor) -> AttentionState:
-    """The state over the chosen keys, [batch or 1, heads or 1, keys]."""
-    members = int(chosen.sum(-1).max()) if chosen.numel() else 0
-    if members == 0:
-        rows = scene.query.shape[:3]
-        dtype = torch.promote_types(scene.query.dtype, torch.float32)
-        output = scene.query.new_zeros(*rows, scene.value.shape[-1])
-        return AttentionState(output, scene.query.new_full(rows, -math.inf, dtype=dtype))
-    if members <= GATHERED and members < chosen.shape[-1]:
-        return _gathered(scene, chosen, members)
-    return _hiding_others(scene, chosen)
-
-
-def _hiding_others(scene: _Scene, chosen: Tensor) -> AttentionState:
-    query, key, value, bias, is_causal, scale = scene
-    hiding = torch.zeros(chosen.shape, dtype=torch.float32, device=chosen.device)
-    hiding = hiding.masked_fill(~chosen, -math.inf)
-    if bias is None or bias.shape[2] == 1:
-        row = hiding[:, :, None] if bias is None else bias + hiding[:, :, None]
-        return attend(query, key, value, bias=row, is_causal=is_causal, scale=scale)
-    if hiding.shape[1] > 1:
-        key, value = (tensor.repeat_interleave(scene.shared, 1) for tensor in (key, value))
-    return attend(query, key, value, bias=bias, key_bias=hiding, is_causal=is_causal, scale=scale)
-
-
-def _gathered(scene: _Scene, chosen: Tensor, members: int) -> AttentionState:
-    query, key, value, bias, is_causal, scale = scene
-    index, is_member = member_indices(chosen, members)
-    item = torch.arange(query.shape[0], device=query.device)[:, None, None]
-    heads = key.shape[1] if index.shape[1] == 1 else query.shape[1]
-    head = torch.arange(heads, device=query.device)[None, :, None] // (heads // key.shape[1])
-    key, value = key[item, head, index], value[item, head, index]
-    own = torch.zeros(is_member.shape, dtype=torch.float32, device=query.device)
-    own = own.masked_fill(~is_member, -math.inf)[:, :, None]
-    if bias is not None:
-        first = [max(sizes) for sizes in zip(bias.shape[:2], index.shape[:2], strict=True)]
-        own = own.to(bias) + bias.expand(*first, bias.shape[2], chosen.shape[-1]).gather(
-            -1, index[:, :, None].expand(*first, bias.shape[2], members)
-        )
-    if not is_causal:
-        return attend(query, key, value, bias=own, scale=scale)
-    # Which of the members a query sees is a small map, made for a few rows at a time.
-    step = max(1, CHUNK_BYTES // (4 * index.shape[0] * index.shape[1] * members))
-    parts = []
-    for start in range(0, query.shape[2], step):
-        row = torch.arange(start, min(query.shape[2], start + step), device=query.device)
-        later = index[:, :, None] > row[:, None]
-        seen = own.expand(-1, -1, len(row), -1).masked_fill(later, -math.inf)
-        parts.append(attend(query[:, :, row], key, value, bias=seen, scale=scale))
-    if len(parts) == 1:
-        return parts[0]
-    return AttentionState(*(torch.cat(found, 2) for found in zip(*parts, strict=True)))
-
-
-def member_indices(chosen: Tensor, members: int) -> tuple[Tensor, Tensor]:
-    """The keys that are chosen, `[batch, heads, members]` in order, and which entries are real."""
-    where = chosen.nonzero()
-    count = chosen.sum(-1)
-    before = count.flatten().cumsum(0) - count.flatten()
-    slot = torch.arange(len(where), device=chosen.device) - before.repeat_interleave(
-        count.flatten()
-    )
-    index = torch.zeros(*chosen.shape[:2], members, dtype=torch.long, device=chosen.device)
-    index[where[:, 0], where[:, 1], slot] = where[:, 2]
-    return index, torch.arange(members, device=chosen.device) < count[..., None]
-
-
-def _remainder(
-    scene: _Scene, chosen: Tensor, whole: AttentionState, parts: Sequence[AttentionState]
-) -> AttentionState:
-    """What the parts leave of the whole, by subtraction where that keeps its digits."""
-    unseen = whole.lse == -math.inf
-    level = whole.lse.masked_fill(unseen, 0.0)
-    rest = torch.ones_like(level)
-    output = whole.output.to(level.dtype)
-    for part in parts:
-        share = torch.exp(part.lse - level)
-        rest = rest - share
-        output = output - share[..., None] * part.output
-    known = rest >= LEAST_REST.get(scene.query.dtype, LEAST_REST_HALF)
-    safe = rest.where(known, torch.ones_like(rest))
-    output = torch.where((known & ~unseen)[..., None], output / safe[..., None], 0.0)
-    lse = (whole.lse + safe.log()).masked_fill(~known, -math.inf)
-    state = AttentionState(output.to(whole.output.dtype), lse)
-    again = ~known & ~unseen
-    return _computed_again(scene, chosen, state, again) if bool(again.any()) else state
-
-
-def _computed_again(
-    scene: _Scene, chosen: Tensor, state: AttentionState, again: Tensor
-) -> AttentionState:
-    """The state with some of its rows from the chosen keys themselves, a few rows at a time."""
-    query, key, value, bias, is_causal, scale = scene
-    output, lse = state.output.clone(), state.lse.clone()
-    keys = key.shape[2]
-    hiding = torch.zeros(chosen.shape, dtype=lse.dtype, device=chosen.device)
-    hiding = hiding.masked_fill(~chosen, -math.inf).expand(*query.shape[:2], keys)
-    bias = None if bias is None else bias.expand(*query.shape[:3], keys)
-    step = max(1, CHUNK_BYTES // (4 * max(keys, 1)))
-    for item, head in again.any(-1).nonzero().tolist():
-        kv = head // scene.shared
-        for rows in again[item, head].nonzero().squeeze(-1).split(step):
-            own = hiding[item, head].expand(len(rows), -1)
-            if bias is not None:
-                own = own + bias[item, head, rows]
-            if is_causal:
-                later = torch.arange(keys, device=query.device) > rows[:, None]
-                own = own.masked_fill(later, -math.inf)
-            found = attend(
-                query[None, item : item + 1, head, rows],
-                key[item : item + 1, kv : kv + 1],
-                value[item : item + 1, kv : kv + 1],
-                bias=own[None, None],
-                scale=scale,
-            )
-            output[item, head, rows] = found.output[0, 0]
-            lse[item, head, rows] = found.lse[0, 0]
-    return AttentionState(output, lse)

@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 from attending.core.groups import (
     Groups,
     Masses,
+    attention_with_masses,
     check_groups,
     group_masses,
     group_states,
-    mix,
     reweighted_pair,
 )
 from attending.core.masks import visible_entries
@@ -76,26 +76,38 @@ def edit_masses(
     mask = hiding(call.attn_mask)
     if mask is not None and mask.shape[1] > 1:
         mask = mask[:, heads]
-    if whole is None and alone and some is call:
-        # Then the states of all groups need one pass over the whole, and the rest is what is left.
-        whole = state_of(call)
     part = whole
     if whole is not None and some is not call:
         part = AttentionState(whole.output[:, heads], whole.lse[:, heads])
-    states = group_states(
-        some.query,
-        some.key,
-        some.value,
-        labels,
-        mask,
-        some.is_causal,
-        some.softmax_scale,
-        some.enable_gqa,
-        num_groups=count,
-        whole=part,
-    )
-    masses = group_masses(states)
-    new_masses = change(masses)
+    if alone:
+        output, masses, new_masses = attention_with_masses(
+            some.query,
+            some.key,
+            some.value,
+            labels,
+            change,
+            mask,
+            some.is_causal,
+            some.softmax_scale,
+            some.enable_gqa,
+            num_groups=count,
+            whole=part,
+        )
+    else:
+        states = group_states(
+            some.query,
+            some.key,
+            some.value,
+            labels,
+            mask,
+            some.is_causal,
+            some.softmax_scale,
+            some.enable_gqa,
+            num_groups=count,
+            whole=part,
+        )
+        masses = group_masses(states)
+        new_masses = change(masses)
     rows = int((masses != new_masses).any(0).sum())
     if rows == 0:
         run.left(call, "no row had mass to move")
@@ -103,7 +115,6 @@ def edit_masses(
     run.edited(call, heads.tolist(), rows)
     if not alone:
         return pass_on(call, proceed, heads, labels, masses, new_masses)
-    output = mix(states, new_masses).to(call.query.dtype)
     if some is call:
         return output
     rest = proceed(call) if whole is None else whole.output
