@@ -259,6 +259,15 @@ def test_second_turn_on_the_same_cache(model: nn.Module) -> None:
     joined = torch.cat([one.logits, two.logits, last.logits], 1)
     close(joined, whole.logits)
     assert cache_lengths(last.cache) == [both.shape[1] - 22] * 4
+    # A text first, an image then, and a placeholder that the model itself wrote.
+    with VisualTokenPruning("fastervlm", 5)(model), torch.no_grad():
+        one = model(input_ids=torch.tensor([[1, 4, 5]]))
+        two = model(input_ids=second, pixel_values=images[1:], cache=one.cache)
+        last = model(input_ids=torch.tensor([[IMAGE]]), cache=two.cache)
+        both = torch.cat([torch.tensor([[1, 4, 5]]), second], 1)
+        whole = model(input_ids=both, pixel_values=images[1:])
+    close(torch.cat([one.logits, two.logits], 1), whole.logits)
+    assert cache_lengths(last.cache) == [both.shape[1] - 11 + 1] * 4
 
 
 def test_embeddings_in_place_of_ids(model: nn.Module) -> None:

@@ -180,4 +180,4 @@ def _shorter_positions(
     if positions == "compact":
         rank = after.real.cumsum(-1)[:, -width:] - 1
         found = found - (whole - rank)
-    return found.masked_fill(~real, 0)
+    return found.masked_fill(~real, 0).clamp_min(0)  # of padding behind what was dropped

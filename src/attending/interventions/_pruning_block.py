@@ -175,25 +175,23 @@ class PruningBlock:
 
     def _dropped(self, image: Tensor, kept: list[KeptImage]) -> Tensor:
         """Which of the new tokens are placeholders of image tokens that are not kept."""
+        if not kept:  # what is generated may be any token
+            return torch.zeros_like(image)
         count, wanted = int(image.sum()), sum(one.before for one in kept)
         if count != wanted:
             raise ValueError(
                 f"input_ids: expected {wanted} image tokens (id "
                 f"{self.inner.config.image_token_id}) for {len(kept)} images, got {count}."
             )
-        drop = torch.zeros_like(image)
-        if kept:
-            flags = []
-            for one in kept:
-                flag = torch.ones(one.before, dtype=torch.bool, device=image.device)
-                merged = len(one.index) > 0 and bool((one.index < 0).any())
-                rising = bool((one.index.diff() > 0).all())
-                # Merged tokens are numbered anew, so which placeholders stay does not matter.
-                stay = one.index if rising and not merged else torch.arange(len(one.index))
-                flag[stay.to(image.device)] = False
-                flags.append(flag)
-            drop[image] = torch.cat(flags)
-        return drop
+        flags = []
+        for one in kept:
+            flag = torch.ones(one.before, dtype=torch.bool, device=image.device)
+            # Merged tokens are numbered anew, so which placeholders stay does not matter.
+            is_chosen = bool((one.index >= 0).all() and (one.index.diff() > 0).all())
+            stay = one.index if is_chosen else torch.arange(len(one.index))
+            flag[stay.to(image.device)] = False
+            flags.append(flag)
+        return torch.zeros_like(image).masked_scatter(image, torch.cat(flags))
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._is_mine():
