@@ -2,13 +2,15 @@
 
 >>> from attending import zoo
 >>> zoo.names()
-['minilm', 'llama-stdlib']
+['minilm', 'llama-stdlib', 'llava-shapes']
 >>> llama = zoo.load("llama-stdlib")
 >>> type(llama.model).__name__
 'LlamaForCausalLM'
 
-``minilm`` is pretrained by others and comes with a package from PyPI; ``llama-stdlib`` is trained
-by our own recipe and shipped with this package.  Only safetensors and JSON are ever read.
+``minilm`` is pretrained by others and comes with a package from PyPI; ``llama-stdlib`` (Python) and
+``llava-shapes`` (pictures) are trained by our own recipes and shipped with this package.  Only
+safetensors and JSON are ever read.  The pictures are scenes of :mod:`attending.zoo.shapes`, of
+which everything is known; :mod:`attending.zoo.shapes_tasks` lets a model answer and caption.
 """
 
 from pathlib import Path
@@ -16,12 +18,14 @@ from typing import Any
 
 import torch
 
-from attending.zoo import llama_stdlib, minilm
+from attending.zoo import llama_stdlib, llava_shapes, minilm
 from attending.zoo.entry import Recipe, ZooEntry, ZooModel, ZooRecord
 
 __all__ = ["ZooModel", "ZooRecord", "describe", "export", "load", "names", "train"]
 
-_ENTRIES: dict[str, ZooEntry] = {entry.name: entry for entry in (minilm.ENTRY, llama_stdlib.ENTRY)}
+_ENTRIES: dict[str, ZooEntry] = {
+    entry.name: entry for entry in (minilm.ENTRY, llama_stdlib.ENTRY, llava_shapes.ENTRY)
+}
 
 
 def names() -> list[str]:

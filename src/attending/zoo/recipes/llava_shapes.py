@@ -61,7 +61,7 @@ class LlavaShapesRecipe:
     layers: int = 5
     intermediate: int = 416
     context: int = 256
-    steps: int = 2800
+    steps: int = 2200
     vision_steps: int = 600
     vision_images: int = 96
     images: int = 24
@@ -69,7 +69,7 @@ class LlavaShapesRecipe:
     dense_weight: float = 1.0
     answer_weight: float = 3.0
     warmup_steps: int = 100
-    cooldown: float = 0.3
+    cooldown: float = 0.18
     learning_rate: float = 1.2e-3
     muon_learning_rate: float = 3e-3
     weight_decay: float = 0.05
