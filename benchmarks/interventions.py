@@ -15,12 +15,13 @@ import argparse
 import json
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from _edited_layer import DIM, HEADS, Attention, eager_map
+from _interventions.visual_attention_redistribution import Redistribution
 from _measure import interleaved, machine, peak_growth, ratio, write
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +30,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attending.interventions.attention_calibration import AttentionCalibration
 
-HEADS, DIM = 12, 64
 BASE, OURS, EAGER = "SDPA forward", "ours", "eager map"
 ROUNDS = {1024: 15, 4096: 7}  # 3 for longer ones
 TIME_GOAL, MEMORY_GOAL, DIFFERENCE_GOAL = 1.6, 0.2, 1e-4
@@ -43,18 +43,6 @@ class Work(Protocol):
     def ours(self) -> Tensor: ...
 
     def eager(self) -> Tensor: ...
-
-
-class Attention(nn.Module):
-    """Attention over tensors that are there: what is measured is attention alone."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> None:
-        super().__init__()
-        self.call = (query, key, value)
-        self.is_causal = is_causal
-
-    def forward(self) -> Tensor:
-        return scaled_dot_product_attention(*self.call, is_causal=self.is_causal)
 
 
 class Layer(nn.Module):
@@ -79,20 +67,6 @@ class Model(nn.Module):
     def forward(self) -> Tensor:
         found: Tensor = self.layers[0]()
         return found
-
-
-def eager_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The map that transformers makes."""
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    queries, keys = query.shape[2], key.shape[2]
-    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    mask = torch.zeros(1, 1, queries, keys)
-    mask.masked_fill_(hidden, torch.finfo(torch.float32).min)
-    layer = types.SimpleNamespace(num_key_value_groups=1, training=False)
-    _, p = eager_attention_forward(layer, query, key, value, mask, scaling=query.shape[-1] ** -0.5)
-    found: Tensor = p
-    return found
 
 
 class Calibration:
@@ -180,6 +154,7 @@ class CalibrationStep(Calibration):
 EDITS: dict[str, Callable[[int], Work]] = {
     "ACT": Calibration,
     "ACT, a step of decoding": CalibrationStep,
+    "VAR": Redistribution,
 }
 
 
