@@ -130,6 +130,7 @@ def measure(
     *,
     pope_scenes: int,
     captions: int,
+    min_objects: int,
     tokens: int,
     k: int,
     other_k: Sequence[int],
@@ -138,8 +139,8 @@ def measure(
     beta: float,
 ) -> dict[str, float]:
     """All numbers of one seed: of the scenes, the questions, the sampling, the noise."""
-    asked = shapes.make_scenes(pope_scenes, seed=7000 + 2 * seed)
-    described = shapes.make_scenes(captions, seed=7001 + 2 * seed)
+    asked = shapes.make_scenes(pope_scenes, seed=7000 + 2 * seed, min_objects=min_objects)
+    described = shapes.make_scenes(captions, seed=7001 + 2 * seed, min_objects=min_objects)
     questions = [
         question
         for kind in shapes.POPE_KINDS
