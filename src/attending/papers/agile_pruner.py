@@ -198,3 +198,39 @@ def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
         series=series,
         settings=settings_here,
     )
+
+
+_COLOURS = {"agile": "C3", "fastervlm": "C0", "divprune": "C2", "vispruner": "C4", "random": "C7"}
+
+
+def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
+    """Accuracy against the tokens that a layer gets, mean over the seeds, by kind of scene."""
+    runs = [one.measurements for one in reproductions]
+
+    def mean(name: str) -> float:
+        return sum(run[name] for run in runs) / len(runs)
+
+    names = dict.fromkeys(one.name for run in reproductions for one in run.series)
+    keeps = reproductions[0].settings["keeps"]
+    grid = figure.subplots(1, 2, sharey=True)
+    for group, axes in zip(("simple", "complex"), grid, strict=True):
+        for place, selector in enumerate(names):
+            kept = [mean(f"kept_{selector}_{keep}") for keep in keeps]
+            found = [mean(f"{group}_{selector}_{keep}") for keep in keeps]
+            strong = selector in _COLOURS
+            axes.plot(
+                kept,
+                found,
+                color=_COLOURS.get(selector, f"C{place % 10}"),
+                linestyle="-" if strong else ":",
+                linewidth=2 if strong else 1,
+                marker="o",
+                markersize=4 if strong else 2,
+                label=selector if group == "simple" else None,
+            )
+        axes.axhline(mean(f"{group}_full"), color="black", linewidth=1, linestyle="--")
+        axes.set_title(f"{group} scenes; dashed: all 64 tokens", fontsize=9)
+        axes.set_xlabel("image tokens, mean over layers")
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("accuracy, yes/no")
+    figure.legend(loc="outside right upper", fontsize=7)
