@@ -27,7 +27,7 @@ from attending.core.kernels import fused_attention, partial_gradients
 from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend, merge
 
-GATHER_BYTES = 2**21  # of keys and values gathered for one call of the kernel
+GATHER_BYTES = 2**22  # of keys and values gathered for one call of the kernel
 
 
 class BlockStatistics(NamedTuple):
@@ -205,7 +205,7 @@ class _Cells:
         return cells[:, :, : self.plan.query_length]
 
     def parts(self) -> Iterator[_Part]:
-        """What the kernel is called on, whole blocks first."""
+        """What the kernel is called on, whole blocks first; each is gone when the next is asked."""
         whole, cut = self.plan.groups(self.batch, self.heads)
         for group in whole:
             yield from self._calls(group, False)
@@ -219,12 +219,17 @@ class _Cells:
         length = kept * size
         if group.ragged:
             length += self.plan.key_length % size - size
+        # One place for all gatherings of the group, which stays in the cache and is paged in once.
+        most = min(step, len(group.rows)) * kept
+        room = [one.new_empty(most, *one.shape[1:]) for one in (self.key, self.value)]
         for rows, blocks in zip(group.rows.split(step), group.blocks.split(step), strict=True):
             sequence, kv_head = self._home(rows)
             index = (sequence * self.kv_heads + kv_head)[:, None] * self._key_blocks + blocks
             key, value = (
-                one.index_select(0, index.flatten()).view(len(rows), 1, kept * size, -1)
-                for one in (self.key, self.value)
+                torch.index_select(one, 0, index.flatten(), out=into[: len(rows) * kept]).view(
+                    len(rows), 1, kept * size, one.shape[-1]
+                )
+                for one, into in zip((self.key, self.value), room, strict=True)
             )
             bias, is_causal = self._bias(rows, blocks, is_cut)
             yield _Part(

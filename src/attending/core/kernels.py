@@ -48,9 +48,9 @@ def fused_attention(
         # Kernels other than the CPU's give NaN for empty rows: let them see their keys, then blank.
         bias = bias.masked_fill(empty[..., None], 0.0)
     output, lse = kernel(
-        pad(query, (0, width - dim)),
-        pad(key, (0, width - dim)),
-        pad(value, (0, width - value_dim)),
+        _widened(query, width),
+        _widened(key, width),
+        _widened(value, width),
         bias,
         is_causal,
         scale,
@@ -61,6 +61,12 @@ def fused_attention(
         if fill:
             output = output.masked_fill(empty[..., None], 0.0)
     return output, lse
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """With columns of zeros up to that width. (`pad` makes a copy even of what is as wide.)"""
+    missing = width - tensor.shape[-1]
+    return pad(tensor, (0, missing)) if missing else tensor
 
 
 def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,8 +274,7 @@ def partial_gradients(
         dims = [tensor.shape[-1] for tensor in (query, key, value)]
         width = max(dims)
         query, key, value, output, grad_output = (
-            pad(tensor, (0, width - tensor.shape[-1]))
-            for tensor in (query, key, value, output, grad_output)
+            _widened(tensor, width) for tensor in (query, key, value, output, grad_output)
         )
         if bias is not None:
             bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
