@@ -95,6 +95,14 @@ def _shrink(mask: Tensor) -> Tensor:
     return torch.nn.functional.max_pool2d(outside, 5, stride=1, padding=2)[0, 0] == 0
 
 
+def test_opacity_is_drawn_from_a_range() -> None:
+    faint = shapes.make_scenes(50, 2, opacity=(0.2, 0.4))
+    values = [thing.opacity for scene in faint for thing in scene.objects]
+    assert 0.2 <= min(values) < 0.25
+    assert 0.35 < max(values) <= 0.4
+    assert [s.names for s in faint] == [s.names for s in shapes.make_scenes(50, 2)]
+
+
 def test_opacity_mixes_with_what_is_behind() -> None:
     scene = shapes.make_scene(4)
     none, half, full = (
@@ -170,6 +178,8 @@ def test_bad_input() -> None:
         shapes.make_scenes(-1, 0)
     with pytest.raises(ValueError, match=r"sizes \[32, 64\]"):
         shapes.render([shapes.make_scene(0), shapes.make_scene(0, 64)])
+    with pytest.raises(ValueError, match=r"opacity as two rising numbers.*\(1, 0\)"):
+        shapes.make_scene(0, opacity=(1, 0))
     scene = shapes.make_scene(0)
     odd = replace(scene, objects=(replace(scene.objects[0], color="pink"),))
     with pytest.raises(ValueError, match=r"color to be one of red.*'pink'"):

@@ -25,7 +25,8 @@ HELD_OUT_SEED = 2**31
 MIN_OBJECTS, MAX_OBJECTS = 2, 6
 # Half the width of an object of each size, as a fraction of the image's side.
 RADII = (0.095, 0.13, 0.165)
-FAINTEST = 0.3  # opacity of an object that is hard to make out
+OPACITIES = (0.3, 1.0)  # of the faintest objects, which are hard to make out, and the clearest
+FAINT = (0.15, 0.4)  # scenes that are hard to see throughout
 CELLS = 3  # objects stand near the centres of different cells of a 3 x 3 grid
 JITTER = 0.06
 
@@ -112,7 +113,7 @@ def draw(
     *,
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
-    faintest: float = FAINTEST,
+    opacity: tuple[float, float] = OPACITIES,
 ) -> SceneBatch:
     """Draw scenes at random; the objects of one scene are all of different kinds.
 
@@ -147,7 +148,7 @@ def draw(
         radius=torch.tensor(RADII)[size] * uniform(0.95, 1.05, scenes, slots),
         angle=uniform(-math.pi / 12, math.pi / 12, scenes, slots),
         tint=uniform(-0.06, 0.06, scenes, slots),
-        opacity=uniform(faintest, 1.0, scenes, slots),
+        opacity=uniform(*opacity, scenes, slots),
         background=choice(len(BACKGROUNDS), scenes),
         shade=uniform(0.35, 0.65, scenes, 1) + uniform(-0.08, 0.08, scenes, 3),
         grain=choice(2**31, scenes),

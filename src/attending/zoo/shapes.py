@@ -39,10 +39,12 @@ from attending.zoo._shapes_text import (
 from attending.zoo._shapes_world import (
     BACKGROUNDS,
     COLORS,
+    FAINT,
     HELD_OUT_SEED,
     KINDS,
     MAX_OBJECTS,
     MIN_OBJECTS,
+    OPACITIES,
     SHAPES,
     SIZES,
     TEXTURES,
@@ -55,6 +57,7 @@ __all__ = [
     "BACKGROUNDS",
     "COLORS",
     "DESCRIBE",
+    "FAINT",
     "KINDS",
     "LIST",
     "POPE_KINDS",
@@ -162,9 +165,12 @@ def make_scene(
     *,
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
+    opacity: tuple[float, float] = OPACITIES,
 ) -> Scene:
     """Draw one scene: ``make_scenes(1, seed, ...)[0]``."""
-    return make_scenes(1, seed, size, min_objects=min_objects, max_objects=max_objects)[0]
+    return make_scenes(
+        1, seed, size, min_objects=min_objects, max_objects=max_objects, opacity=opacity
+    )[0]
 
 
 def make_scenes(
@@ -174,6 +180,7 @@ def make_scenes(
     *,
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
+    opacity: tuple[float, float] = OPACITIES,
 ) -> list[Scene]:
     """Draw ``count`` scenes; the same arguments always give the same scenes.
 
@@ -184,11 +191,15 @@ def make_scenes(
         size: Pixels along each side of the images.
         min_objects: At least 1.
         max_objects: At most 6.
+        opacity: Of the faintest and of the clearest objects.  Models are trained on the default;
+            ``FAINT`` makes scenes that are hard to see, in which they make up more.
     """
-    check_drawn(count, seed, min_objects, max_objects)
+    check_drawn(count, seed, min_objects, max_objects, opacity)
     check_size(size)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
-    batch = draw(count, generator, min_objects=min_objects, max_objects=max_objects)
+    batch = draw(
+        count, generator, min_objects=min_objects, max_objects=max_objects, opacity=opacity
+    )
     return from_batch(batch, size)
 
 
@@ -207,7 +218,9 @@ def render(
     return _shapes_render.render(as_batch(scenes), side)
 
 
-def check_drawn(count: int, seed: int, min_objects: int, max_objects: int) -> None:
+def check_drawn(
+    count: int, seed: int, min_objects: int, max_objects: int, opacity: tuple[float, float]
+) -> None:
     """Refuse what cannot be drawn."""
     if not 0 <= seed < HELD_OUT_SEED:
         raise ValueError(f"expected seed from 0 up to 2**31, got {seed}")
@@ -218,6 +231,8 @@ def check_drawn(count: int, seed: int, min_objects: int, max_objects: int) -> No
             f"expected 1 <= min_objects <= max_objects <= {MAX_OBJECTS}, got min_objects="
             f"{min_objects} and max_objects={max_objects}"
         )
+    if not 0 <= opacity[0] <= opacity[1] <= 1:
+        raise ValueError(f"expected opacity as two rising numbers from 0 to 1, got {opacity}")
 
 
 def check_size(size: int) -> None:

@@ -96,7 +96,7 @@ def make_moving_scene(
     min_objects: int = 1,
     max_objects: int = 3,
     still: float = 0.2,
-    faintest: float = 1.0,
+    opacity: tuple[float, float] = (1.0, 1.0),
 ) -> MovingScene:
     """Draw one video: ``make_moving_scenes(1, seed, ...)[0]``."""
     return make_moving_scenes(
@@ -107,7 +107,7 @@ def make_moving_scene(
         min_objects=min_objects,
         max_objects=max_objects,
         still=still,
-        faintest=faintest,
+        opacity=opacity,
     )[0]
 
 
@@ -120,7 +120,7 @@ def make_moving_scenes(
     min_objects: int = 1,
     max_objects: int = 3,
     still: float = 0.2,
-    faintest: float = 1.0,
+    opacity: tuple[float, float] = (1.0, 1.0),
 ) -> list[MovingScene]:
     """Draw ``count`` videos; the same arguments always give the same ones.
 
@@ -132,13 +132,13 @@ def make_moving_scenes(
         min_objects: At least 1.
         max_objects: At most 6.
         still: The share of objects that do not move.
-        faintest: Smallest opacity of an object; 1 makes all of them clear.
+        opacity: Of the faintest and of the clearest objects; all are clear unless it says so.
     """
-    check_drawn(count, seed, min_objects, max_objects)
+    check_drawn(count, seed, min_objects, max_objects, opacity)
     check_size(size)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
     batch = draw(
-        count, generator, min_objects=min_objects, max_objects=max_objects, faintest=faintest
+        count, generator, min_objects=min_objects, max_objects=max_objects, opacity=opacity
     )
     direction, all_frames = draw_motion(batch, frames, generator, still=still)
     painted = from_batch(all_frames, size)

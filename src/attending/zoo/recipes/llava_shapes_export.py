@@ -21,6 +21,7 @@ from attending.zoo.recipes.llava_shapes_trainee import Trainee
 from attending.zoo.recipes.weights_folder import write_weights
 from attending.zoo.shapes import (
     DESCRIBE,
+    FAINT,
     LIST,
     POPE_KINDS,
     Question,
@@ -97,7 +98,7 @@ def caption_scores(zoo_model: ZooModel, scenes: Sequence[Scene], prompt: str) ->
 
 
 def measure(zoo_model: ZooModel, scenes: int = 300) -> dict[str, dict[str, float]]:
-    """All figures of the card, on ``scenes`` held-out scenes."""
+    """All figures of the card, on ``scenes`` held-out scenes and as many faint ones."""
     held_out = make_scenes(scenes, CARD_SEED)
     figures = {
         f"pope_{kind}": yes_no_scores(zoo_model, held_out, pope_questions(held_out, kind))
@@ -109,6 +110,12 @@ def measure(zoo_model: ZooModel, scenes: int = 300) -> dict[str, dict[str, float
     figures["count"] = exact_scores(zoo_model, held_out, count_questions(held_out, per_scene=2))
     figures["describe"] = caption_scores(zoo_model, held_out, DESCRIBE)
     figures["list"] = caption_scores(zoo_model, held_out, LIST)
+    faint = make_scenes(scenes, CARD_SEED, opacity=FAINT)
+    for kind in POPE_KINDS:
+        questions = pope_questions(faint, kind)
+        figures[f"faint_pope_{kind}"] = yes_no_scores(zoo_model, faint, questions)
+    figures["faint_describe"] = caption_scores(zoo_model, faint, DESCRIBE)
+    figures["faint_list"] = caption_scores(zoo_model, faint, LIST)
     return figures
 
 
@@ -180,9 +187,10 @@ def _sample(zoo_model: ZooModel) -> list[dict[str, str]]:
 def readme(card: dict[str, Any]) -> str:
     """The data card for people, written from the card for programs."""
     held_out, machine, recipe = card["held_out"], card["machine"], card["recipe"]
-    asked = ("pope_random", "pope_popular", "pope_adversarial", "spatial", "count")
+    pope = [f"pope_{kind}" for kind in POPE_KINDS]
+    asked = [*pope, "spatial", "count", *(f"faint_{name}" for name in pope)]
     answers = "\n".join(
-        f"| {name.replace('_', ', ')} | {held_out[name]['questions']} "
+        f"| {name.replace('_', ' ')} | {held_out[name]['questions']} "
         f"| {held_out[name]['accuracy']:.1%} "
         + (f"| {held_out[name]['yes_share']:.1%} |" if "yes_share" in held_out[name] else "| |")
         for name in asked
@@ -190,7 +198,12 @@ def readme(card: dict[str, Any]) -> str:
     captions = "\n".join(
         f"| {prompt} | {held_out[name]['chair_i']:.1%} | {held_out[name]['chair_s']:.1%} "
         f"| {held_out[name]['recall']:.1%} | {held_out[name]['words']:.1f} |"
-        for name, prompt in (("describe", DESCRIBE), ("list", LIST))
+        for name, prompt in (
+            ("describe", DESCRIBE),
+            ("list", LIST),
+            ("faint_describe", f"{DESCRIBE} (faint)"),
+            ("faint_list", f"{LIST} (faint)"),
+        )
     )
     curve = card["curve"]
     points = "\n".join(
@@ -232,7 +245,8 @@ adversarial questions about 30 held-out scenes.
 
 ## How good it is
 
-On {held_out["scenes"]} held-out scenes (seed {held_out["seed"]}), greedy decoding:
+On {held_out["scenes"]} held-out scenes (seed {held_out["seed"]}), greedy decoding; "faint" are as
+many scenes with `opacity=FAINT`, fainter than most that it was trained on:
 
 | questions | number | right | answered yes |
 |---|---|---|---|
