@@ -7,7 +7,6 @@ import torch
 
 from attending.papers import _visual_attention_redistribution_shapes as experiment
 from attending.papers.visual_attention_redistribution import RULE, reproduce
-from attending.zoo import llava_shapes
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -44,8 +43,6 @@ def test_the_rule(changes: dict[str, list[float]], verdict: str) -> None:
 
 
 def test_smoke_run_measures_everything_and_leaves_the_generator_alone(tmp_path: Path) -> None:
-    if not (llava_shapes.folder() / "card.json").exists():
-        pytest.skip("needs the weights of llava-shapes")
     before = torch.get_rng_state()
     found = reproduce("smoke", 0, tmp_path).measurements
     assert torch.equal(torch.get_rng_state(), before)

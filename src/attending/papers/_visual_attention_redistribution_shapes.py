@@ -26,7 +26,15 @@ from attending.interventions.vision_language import (
 from attending.interventions.visual_attention_redistribution import VisualAttentionRedistribution
 from attending.probes.hallucination import chair, count_mentions, pope_scores
 from attending.zoo.entry import ZooModel
-from attending.zoo.shapes import DESCRIBE, KINDS, POPE_KINDS, Scene, make_scenes, pope_questions
+from attending.zoo.shapes import (
+    DESCRIBE,
+    FAINT,
+    KINDS,
+    POPE_KINDS,
+    Scene,
+    make_scenes,
+    pope_questions,
+)
 from attending.zoo.shapes_tasks import answer_questions, caption_scenes
 
 ARMS = ("plain", "redistributed", "random", "all_heads")
@@ -65,7 +73,7 @@ def run(
         captions: how many scenes are captioned.
         calibration: how many scenes sinks are found on.
     """
-    sinks = find_sinks(zoo_model, make_scenes(calibration, OUTSIDE + seed))
+    sinks = find_sinks(zoo_model, make_scenes(calibration, OUTSIDE + seed, opacity=FAINT))
     method = VisualAttentionRedistribution(sinks.found.dimensions, tau=sinks.tau, scale_tau=True)
     numbers = {
         "papers_tau": float(sinks.is_papers),
@@ -73,7 +81,7 @@ def run(
         "first_channel_share": sinks.found.shares[0],
         "second_channel_share": sinks.found.shares[1],
     }
-    asked = make_scenes(max(scenes, captions), seed)
+    asked = make_scenes(max(scenes, captions), seed, opacity=FAINT)
     for arm in ARMS:
         with counting(zoo_model, method, arm, seed) as counts:
             found = score(zoo_model, asked, seed, scenes, per_scene, captions)
