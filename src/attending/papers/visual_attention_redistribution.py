@@ -110,7 +110,7 @@ def settings(scale: Scale) -> dict[str, Any]:
 
 
 def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
-    """Ask llava-shapes about faint scenes and let it describe them, with attention moved and without.
+    """Ask llava-shapes about faint scenes, with attention moved and without; let it describe them.
 
     See `attending.papers._visual_attention_redistribution_shapes`.
     """
