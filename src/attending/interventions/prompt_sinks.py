@@ -133,7 +133,8 @@ def find_sinks(
     asking = real[:, None, : call.query_length].to(
         torch.promote_types(call.query.dtype, torch.float)
     )
-    if every:
+    needs_graph = torch.is_grad_enabled() and call.query.requires_grad
+    if every and not needs_graph:
         # What follows the prompt asks nothing, and no query of the prompt sees it.
         whole, received = state_and_column_mass(
             call.query,
