@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from attending import zoo as zoo
     from attending.core import bias as bias
     from attending.core import statistics as statistics
+    from attending.core.block_plan import BlockPlan as BlockPlan
+    from attending.core.blocks import block_sparse_attention as block_sparse_attention
     from attending.core.state import AttentionState as AttentionState
     from attending.core.state import attention_state as attention_state
     from attending.core.state import biased_attention_state as biased_attention_state
@@ -54,6 +56,8 @@ _PUBLIC = {
     "attention_state": ("attending.core.state", "attention_state"),
     "biased_attention_state": ("attending.core.state", "biased_attention_state"),
     "merge": ("attending.core.state", "merge"),
+    "BlockPlan": ("attending.core.block_plan", "BlockPlan"),
+    "block_sparse_attention": ("attending.core.blocks", "block_sparse_attention"),
     "reweigh": ("attending.core.state", "reweigh"),
     "tap": ("attending.taps", "tap"),
     "AttentionCall": ("attending.taps", "AttentionCall"),

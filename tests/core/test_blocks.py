@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attending as at
-from attending.core import blocks as engine
-from attending.core import kernels, reference
+from attending.core import _block_cells as engine
+from attending.core import blocks, reference
+from attending.core import partial_gradients as parts
 from attending.core.block_plan import BlockPlan
 from attending.core.blocks import block_sparse_attention, block_statistics
 from tests.core.problems import Problem, assert_close, problems
@@ -165,7 +166,7 @@ def test_gradients_of_parts_add_up(takes_lse: bool) -> None:
     found = []
     for keys in (slice(0, 4), slice(4, 9)):
         part = [tensor.detach() for tensor in (query, key[:, :, keys], value[:, :, keys])]
-        gradients = kernels.partial_gradients if takes_lse else kernels.gradients_by_recomputing
+        gradients = parts.partial_gradients if takes_lse else parts.gradients_by_recomputing
         found.append(
             gradients(
                 *part,
@@ -287,7 +288,7 @@ def test_a_mask_of_tokens_in_blocks(queries: int, keys: int, size: int, seed: in
 
 
 def test_dense_plans_are_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_Cells", None)  # nothing is gathered
+    monkeypatch.setattr(blocks, "Cells", None)  # nothing is gathered
     query = torch.randn(1, 2, 20, 4)
     for is_causal in (False, True):
         plan = BlockPlan.from_rule(

@@ -48,9 +48,9 @@ def fused_attention(
         # Kernels other than the CPU's give NaN for empty rows: let them see their keys, then blank.
         bias = bias.masked_fill(empty[..., None], 0.0)
     output, lse = kernel(
-        _widened(query, width),
-        _widened(key, width),
-        _widened(value, width),
+        widened(query, width),
+        widened(key, width),
+        widened(value, width),
         bias,
         is_causal,
         scale,
@@ -63,8 +63,8 @@ def fused_attention(
     return output, lse
 
 
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    """With columns of zeros up to that width. (`pad` makes a copy even of what is as wide.)"""
+def widened(tensor: Tensor, width: int) -> Tensor:
+    """The tensor with columns of zeros up to that width. (`pad` copies even what is as wide.)"""
     missing = width - tensor.shape[-1]
     return pad(tensor, (0, missing)) if missing else tensor
 
@@ -117,13 +117,13 @@ class _FlashCPU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_lse):  # type: ignore[no-untyped-def]
         query, key, value, bias, output, lse = ctx.saved_tensors
-        cut = _flash_cpu_gradients(
+        cut = flash_cpu_gradients(
             query, key, value, bias, ctx.is_causal, ctx.scale, output, lse, grad_output, grad_lse
         )
         return *cut, None, None, None
 
 
-def _flash_cpu_gradients(
+def flash_cpu_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -135,6 +135,7 @@ def _flash_cpu_gradients(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    """Of query, key and value, from the CPU flash kernel; all of one width."""
     tensors = _augment(query, key, value, output, grad_output, grad_lse)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, lse, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -249,71 +250,6 @@ def _cuda(
     result = _EfficientCUDA.apply(query, key, value, bias, is_causal, scale)  # type: ignore[no-untyped-call]
     output, lse, _, _ = result
     return output, lse[..., : query.shape[2]]
-
-
-def partial_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of attention over many keys for the query, key and value of some of them.
-
-    `output` and `lse` are those over all keys, and so are their gradients: with the probabilities
-    `p = exp(score - lse)` of the few, `ds = p (grad_output . (v - output) + grad_lse)`. The sum
-    over disjoint parts is the gradient of the whole.
-    """
-    if query.device.type == "cpu":
-        lse = lse.masked_fill(lse == -math.inf, 0.0)
-        dims = [tensor.shape[-1] for tensor in (query, key, value)]
-        width = max(dims)
-        query, key, value, output, grad_output = (
-            _widened(tensor, width) for tensor in (query, key, value, output, grad_output)
-        )
-        if bias is not None:
-            bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        found = _flash_cpu_gradients(
-            query, key, value, bias, is_causal, scale, output, lse, grad_output, grad_lse
-        )
-        return tuple(grad[..., :dim] for grad, dim in zip(found, dims, strict=True))
-    return gradients_by_recomputing(
-        query, key, value, bias, is_causal, scale, output, lse, grad_output, grad_lse
-    )
-
-
-def gradients_by_recomputing(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """`partial_gradients` where a kernel's backward pass takes no lse that is not its own.
-
-    The part as it is alone, `(own, own_lse)`, and the gradient of what it adds to the whole: its
-    share is `exp(own_lse - lse)`.
-    """
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        own, own_lse = fused_attention(leaves[0], leaves[1], leaves[2], bias, is_causal, scale)
-    share = torch.exp(own_lse.detach() - lse.masked_fill(lse == -math.inf, 0.0))
-    along = (grad_output * (own.detach() - output)).sum(-1)
-    if grad_lse is not None:
-        along = along + grad_lse
-    return torch.autograd.grad(
-        (own, own_lse), leaves, ((share[..., None] * grad_output).to(own.dtype), share * along)
-    )
 
 
 def chunked_attention(

@@ -1,0 +1,171 @@
+"""Query, key and value in blocks, and gathered for the kernel a few rows of blocks at a time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attending.core.block_plan import BlockPlan, RowGroup
+
+GATHER_BYTES = 2**22  # of keys and values gathered for one call of the kernel
+
+
+class Part(NamedTuple):
+    """One call of the kernel."""
+
+    rows: Tensor  # of blocks, counted through batch, heads and query blocks
+    blocks: Tensor  # [rows, kept]
+    places: Tensor  # of those among all key blocks, counted through batch, kv heads and key blocks
+    key: Tensor  # [rows, 1, kept keys, dim]
+    value: Tensor
+    bias: Tensor | None
+    is_causal: bool
+    is_cut: bool  # these blocks come second: the rows may have a state already
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Query, key and value cut into blocks, and how to gather them."""
+
+    plan: BlockPlan
+    query: Tensor  # [batch * heads * query blocks, block, dim]
+    key: Tensor  # [batch * kv_heads * key blocks, block, dim]
+    value: Tensor
+    real: Tensor  # [batch * heads * query blocks, block]: False where a last block was filled up
+    bias: Tensor | None
+    scale: float
+    batch: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        bias: Tensor | None,
+        scale: float,
+    ) -> "Cells":
+        batch, heads, queries, _ = query.shape
+        row = torch.arange(plan.block_mask.shape[2] * plan.block_size[0], device=query.device)
+        real = (row < queries).view(-1, plan.block_size[0]).repeat(batch * heads, 1)
+        return cls(
+            plan,
+            cut_in_blocks(query, plan.block_size[0]),
+            cut_in_blocks(key, plan.block_size[1]),
+            cut_in_blocks(value, plan.block_size[1]),
+            real,
+            bias,
+            scale,
+            batch,
+            heads,
+            key.shape[1],
+        )
+
+    @property
+    def count(self) -> int:
+        return self.query.shape[0]
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """Something that there is for each query, in blocks."""
+        return cut_in_blocks(tensor, self.plan.block_size[0])
+
+    def whole(self, blocks: Tensor) -> Tensor:
+        """The way back."""
+        cells = blocks.view(self.batch, self.heads, -1, blocks.shape[-1])
+        return cells[:, :, : self.plan.query_length]
+
+    def parts(self) -> Iterator[Part]:
+        """What the kernel is called on, whole blocks first; each is gone when the next is asked."""
+        whole, cut = self.plan.groups(self.batch, self.heads)
+        for group in whole:
+            yield from self._calls(group, False)
+        for group in cut:
+            yield from self._calls(group, True)
+
+    def _calls(self, group: RowGroup, is_cut: bool) -> Iterator[Part]:
+        size, kept = self.plan.block_size[1], group.blocks.shape[1]
+        row_bytes = kept * size * (self.key.shape[-1] + self.value.shape[-1]) * 4
+        step = max(1, GATHER_BYTES // row_bytes)
+        length = kept * size
+        if group.ragged:
+            length += self.plan.key_length % size - size
+        # One place for all gatherings of the group, which stays in the cache and is paged in once.
+        most = min(step, len(group.rows)) * kept
+        room = [one.new_empty(most, *one.shape[1:]) for one in (self.key, self.value)]
+        for rows, blocks in zip(group.rows.split(step), group.blocks.split(step), strict=True):
+            sequence, kv_head = self._home(rows)
+            index = (sequence * self.kv_heads + kv_head)[:, None] * self._key_blocks + blocks
+            key, value = (
+                torch.index_select(one, 0, index.flatten(), out=into[: len(rows) * kept]).view(
+                    len(rows), 1, kept * size, one.shape[-1]
+                )
+                for one, into in zip((self.key, self.value), room, strict=True)
+            )
+            bias, is_causal = self._bias(rows, blocks, is_cut)
+            yield Part(
+                rows,
+                blocks,
+                index,
+                key[:, :, :length],
+                value[:, :, :length],
+                None if bias is None else bias[..., :length],
+                is_causal,
+                is_cut,
+            )
+
+    @property
+    def _key_blocks(self) -> int:
+        return self.plan.block_mask.shape[3]
+
+    def _home(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row of blocks which sequence of the batch it is in, and which key head."""
+        head = rows // self.plan.block_mask.shape[2]
+        return head // self.heads, head % self.heads // (self.heads // self.kv_heads)
+
+    def _bias(self, rows: Tensor, blocks: Tensor, is_cut: bool) -> tuple[Tensor | None, bool]:
+        """What is added to the scores `[rows, 1, queries, kept keys]`; or that they are causal."""
+        found = None if self.bias is None else self._bias_of_user(self.bias, rows, blocks)
+        if not is_cut:
+            return found, False
+        height, width = self.plan.block_size
+        offset = self.plan.causal_offset or 0
+        first = (rows % self.plan.block_mask.shape[2]) * height + offset
+        lead = first[:, None] - blocks * width  # how many keys of a block its first query sees, - 1
+        if found is None and blocks.shape[1] == 1 and height == width and not bool(lead.any()):
+            return None, True
+        row, column = (torch.arange(n, device=rows.device) for n in (height, width))
+        hidden = column > lead[:, :, None, None] + row[:, None]  # [rows, kept, queries, keys]
+        future = torch.zeros(hidden.shape, dtype=torch.float32, device=rows.device)
+        future = future.masked_fill(hidden, -math.inf).transpose(1, 2).flatten(2)[:, None]
+        return future if found is None else found + future, False
+
+    def _bias_of_user(self, bias: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
+        height, width = self.plan.block_size
+        head = rows // self.plan.block_mask.shape[2]
+        item = head // self.heads * (bias.shape[0] > 1)
+        head = head % self.heads * (bias.shape[1] > 1)
+        keys = blocks.shape[1] * width
+        column = blocks[:, :, None] * width + torch.arange(width, device=rows.device)
+        column = column.clamp_max(self.plan.key_length - 1).view(len(rows), 1, keys)
+        if bias.shape[3] == 1:
+            column = torch.zeros_like(column)
+        row = rows.new_zeros(len(rows), 1, 1)
+        if bias.shape[2] > 1:
+            first = (rows % self.plan.block_mask.shape[2])[:, None] * height
+            row = (first + torch.arange(height, device=rows.device))[..., None]
+            row = row.clamp_max(self.plan.query_length - 1)
+        return bias[item[:, None, None], head[:, None, None], row, column][:, None]
+
+
+def cut_in_blocks(tensor: Tensor, size: int) -> Tensor:
+    """`[batch, heads, tokens, dim]` in blocks, `[batch * heads * blocks, size, dim]`."""
+    filled: Tensor = pad(tensor, (0, 0, 0, -tensor.shape[2] % size))
+    blocks: Tensor = filled.unflatten(2, (filled.shape[2] // size, size)).flatten(0, 2)
+    return blocks
