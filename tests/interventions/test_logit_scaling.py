@@ -295,6 +295,37 @@ def test_the_scale_that_a_model_or_another_block_has_already() -> None:
         torch.testing.assert_close(attention(hidden, **model_arguments), twice)
 
 
+@pytest.mark.parametrize("kind", ["T5", "GPT2", "OPT", "Granite"])
+@torch.no_grad()
+def test_other_models_of_transformers_are_not_suspected(kind: str) -> None:
+    """Each has its own way to say what its scale is."""
+    sizes = {
+        "T5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+        "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+        "OPT": {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "Granite": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "attention_multiplier": 0.2,
+        },
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=30, **sizes)
+    model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    inputs = {"input_ids": torch.randint(1, 30, (2, 9))}
+    if kind == "T5":
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :7]
+    scaling = LogitScaling().calibrate(model, {name: ids[:, :5] for name, ids in inputs.items()})
+    assert set(scaling.n_train.values()) == {5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InterventionWarning)
+        with scaling(model) as run:
+            model(**inputs)
+    assert run.edited_calls == (2 if kind == "T5" else 1)
+
+
 @torch.no_grad()
 def test_blocks_nest_are_entered_again_and_leave_no_trace() -> None:
     model, ids = llama(), torch.randint(1, 30, (1, 12))

@@ -266,7 +266,7 @@ class _Handler:
         usual = getattr(call.module, "scale", getattr(call.module, "scaling", None))
         if (
             isinstance(usual, float)
-            and call.scale is not None
+            and call.scale not in (None, 1.0)  # 1: the query was multiplied before (Whisper, OPT)
             and not math.isclose(call.scale, usual, rel_tol=1e-6)
         ):
             self._warn(
