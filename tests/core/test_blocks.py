@@ -1,6 +1,7 @@
 """Plans of blocks and attention over them, against dense float64 maps."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from attending.core.blocks import block_sparse_attention, block_statistics
 from tests.core.problems import Problem, assert_close, problems
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "block-sparse-engines"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def gather_small_maps() -> Iterator[None]:
+    """Maps as small as those of tests would be masked; what is to be tested is the gathering."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "SMALL_MAP", 0)
+        yield
 
 
 def dense_bias(problem: Problem, plan: BlockPlan) -> Tensor:
@@ -93,6 +102,19 @@ def test_is_the_reference(gather: int, case: tuple[Problem, BlockPlan]) -> None:
         ours = run(problem, plan)
     finally:
         engine.GATHER_BYTES = before
+    expected = exact(problem, plan)
+    assert_close(ours.output, expected.output, problem.query.dtype)
+    assert_close(ours.lse, expected.lse, problem.query.dtype)
+
+
+@settings(max_examples=30)
+@given(case=planned())
+def test_small_maps_are_masked(case: tuple[Problem, BlockPlan]) -> None:
+    problem, plan = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "SMALL_MAP", 512 * 512)
+        patch.setattr(blocks, "Cells", None)  # nothing is gathered
+        ours = run(problem, plan)
     expected = exact(problem, plan)
     assert_close(ours.output, expected.output, problem.query.dtype)
     assert_close(ours.lse, expected.lse, problem.query.dtype)

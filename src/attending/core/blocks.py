@@ -27,6 +27,8 @@ from attending.core.partial_gradients import partial_gradients
 from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend, merge
 
+SMALL_MAP = 512 * 512  # queries x keys up to which a mask costs less than gathering does
+
 
 class BlockStatistics(NamedTuple):
     """What blocks of the map hold.
@@ -53,7 +55,7 @@ def block_sparse_attention(
     """The state of each query over the keys in the blocks that the plan keeps.
 
     Differentiable, through `output` and `lse`, in query, key and value. A plan that keeps
-    everything runs as dense attention.
+    everything runs as dense attention, and one of a small map (512 x 512) as a mask.
 
     Args:
         query, key, value: as in `attention_state`; query heads may share key heads.
@@ -82,6 +84,8 @@ def block_sparse_attention(
         return attend(query, key, value, bias=bias, is_causal=causal, scale=arguments.scale)
     if query.numel() == 0 or key.numel() == 0 or value.shape[-1] == 0:
         return attend(query, key[:, :, :0], value[:, :, :0], scale=arguments.scale)
+    if query.shape[2] * key.shape[2] <= SMALL_MAP:
+        return attend(query, key, value, bias=_as_bias(plan, bias), scale=arguments.scale)
     output, lse = _BlockSparse.apply(  # type: ignore[no-untyped-call]
         query, key, value, plan, bias, arguments.scale
     )
@@ -205,6 +209,14 @@ class _BlockSparse(torch.autograd.Function):
             for total, one in zip(sums[1:], (key, value), strict=True)
         )
         return grad_query, grad_key, grad_value, None, None, None
+
+
+def _as_bias(plan: BlockPlan, bias: Tensor | None) -> Tensor:
+    visible = plan.visible()
+    dtype = torch.float32 if bias is None else bias.dtype
+    hiding = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    hiding = hiding.masked_fill(~visible, -math.inf)
+    return hiding if bias is None else bias + hiding
 
 
 def _check_plan(plan: BlockPlan, query: Tensor, key: Tensor) -> None:
