@@ -44,7 +44,7 @@ from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from attending.decoding.contrastive import (
     ContrastCounts,
@@ -215,7 +215,7 @@ class DAMRO:
         return then(
             model,
             input_ids,
-            [contrast, *logits_processor],
+            LogitsProcessorList([contrast, *logits_processor]),
             stopping_criteria,
             generation_config,
             **model_kwargs,

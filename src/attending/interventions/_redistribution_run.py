@@ -175,6 +175,13 @@ class _Work:
                 return
             self.sequences.belongs_to(cache_of(kwargs))
             sequence, hidden = self._present(), hidden_argument(args, kwargs).detach()
+            if hidden.shape[1] != sequence.new:
+                raise ValueError(
+                    f"model: expected {sequence.new} tokens in its layer {number}, as in its "
+                    f"input, got {hidden.shape[1]}. Pruning within the language model (fastv, "
+                    "sparsevlm) leaves other tokens in each layer, in which redistribution does "
+                    "not know the images. Prune before the language model."
+                )
             if sequence.brings_prompt:
                 self._mark(number, sequence, sink_value(hidden, self._dimensions()), hidden)
             else:
