@@ -39,6 +39,7 @@ from attending.zoo.shapes_tasks import answer_questions, caption_scenes
 
 ARMS = ("plain", "redistributed", "random", "all_heads")
 OUTSIDE = 10_000  # scenes with seeds from here on only serve to find sinks
+SKIP_FIRST = 0
 STAND_IN = 0.95  # quantile of phi over image tokens, where the paper's tau finds no sink at all
 
 
@@ -74,7 +75,9 @@ def run(
         calibration: how many scenes sinks are found on.
     """
     sinks = find_sinks(zoo_model, make_scenes(calibration, OUTSIDE + seed, opacity=FAINT))
-    method = VisualAttentionRedistribution(sinks.found.dimensions, tau=sinks.tau, scale_tau=True)
+    method = VisualAttentionRedistribution(
+        sinks.found.dimensions, tau=sinks.tau, scale_tau=True, skip_first=SKIP_FIRST
+    )
     numbers = {
         "papers_tau": float(sinks.is_papers),
         "largest_phi_share": sinks.largest_phi,
@@ -94,7 +97,7 @@ def find_sinks(zoo_model: ZooModel, scenes: list[Scene]) -> Sinks:
     inputs = zoo_model.processor(scenes, DESCRIBE)
     found = find_sink_dimensions(zoo_model.model, inputs)
     image = image_token_mask(zoo_model.model, inputs["input_ids"])
-    method = VisualAttentionRedistribution()
+    method = VisualAttentionRedistribution(skip_first=SKIP_FIRST)
     seen: list[Tensor] = []
 
     def look(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
