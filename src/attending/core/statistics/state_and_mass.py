@@ -1,7 +1,7 @@
 """Attention and what each key receives, from one pass over the map."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,6 @@ from attending.core.statistics.rows import Key, Query
 
 # Rows of a block. Measured at 4k keys: half or twice as many cost 3% more, four times 12%.
 ROWS = 128
-BLOCK = 2**19  # entries of the map that are there at a time, as many as stay in the cache
 LEAST_PROBABILITY = 1e-30  # of the key by whose probability a row's normaliser is known
 
 
@@ -78,93 +77,85 @@ def state_and_column_mass(
     output = call.query.new_empty(batch, heads, queries, value.shape[-1])
     lse = call.query.new_empty(batch, heads, queries)
     mass = call.query.new_zeros(batch, heads, key.shape[2])
+    rows = min(ROWS, queries)
+    buffers = call.query.new_empty(2, rows * key.shape[2])
+    above = torch.ones(rows, rows, dtype=torch.bool).triu(1) if is_causal else None
     bias = checked.bias
     if bias is not None:
         bias = bias.expand(*bias.shape[:3], key.shape[2])
-    rows = min(ROWS, queries)
-    together = min(heads, max(1, BLOCK // (rows * key.shape[2])))  # heads, where maps are small
-    buffers = call.query.new_empty(2, together * rows * key.shape[2])
     for item in range(batch):
-        for start in range(0, heads, together):
-            some = slice(start, min(heads, start + together))
-            kv: Any = some
-            if call.groups > 1:
-                kv = torch.arange(heads, device=query.device)[some] // call.groups
-            _sweep_heads(
-                (call.query[item, some] * call.scale).contiguous(),
-                call.key[item, kv].contiguous(),
-                value[item, kv].to(dtype).contiguous(),
-                None if bias is None else _own(bias, item, some),
-                None if weights is None else weights[item, some],
-                is_causal,
-                buffers,
-                output[item, some],
-                lse[item, some],
-                mass[item, some],
-            )
+        for kv in range(key.shape[1]):
+            own_key = call.key[item, kv].contiguous()
+            own_value = value[item, kv].to(dtype).contiguous()
+            for head in range(kv * call.groups, (kv + 1) * call.groups):
+                _sweep_head(
+                    (call.query[item, head] * call.scale).contiguous(),
+                    own_key,
+                    own_value,
+                    _own(bias, item, head),
+                    None if weights is None else weights[item, head],
+                    above,
+                    buffers,
+                    output[item, head],
+                    lse[item, head],
+                    mass[item, head],
+                )
     return StateAndMass(AttentionState(output.to(query.dtype), lse), mass)
 
 
-def _own(bias: Tensor, item: int, heads: slice) -> Tensor:
-    """The bias of some heads, [1 or heads, 1 or queries, keys]."""
-    own = bias[min(item, len(bias) - 1)]
-    return own if len(own) == 1 else own[heads]
+def _own(bias: Tensor | None, item: int, head: int) -> Tensor | None:
+    if bias is None:
+        return None
+    return bias[min(item, bias.shape[0] - 1), min(head, bias.shape[1] - 1)]
 
 
-def _sweep_heads(
+def _sweep_head(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     weights: Tensor | None,
-    is_causal: bool,
+    above: Tensor | None,
     buffers: Tensor,
     output: Tensor,
     lse: Tensor,
     mass: Tensor,
 ) -> None:
-    """Fill in output, lse and mass of some heads; [heads, tokens, dim], the query scaled."""
-    heads, queries, _ = query.shape
-    keys = key.shape[1]
-    weights = query.new_ones(heads, queries) if weights is None else weights
-    rows = min(ROWS, queries)
-    above = torch.ones(rows, rows, dtype=torch.bool).triu(1) if is_causal else None
+    """Fill in output, lse and mass of one head; [tokens, dim], the query scaled."""
+    queries, keys = len(query), len(key)
+    weights = query.new_ones(queries) if weights is None else weights
     # A row's lse is the score of any key less the log of its probability: of the token itself.
-    place = (torch.arange(queries) + (0 if is_causal else keys - queries)).clamp(0, keys - 1)
-    known = (query * key[:, place]).sum(-1)
-    if bias is not None:
-        wide = bias.expand(-1, queries, -1)
-        known = known + wide.gather(-1, place[None, :, None].expand(len(bias), -1, 1)).squeeze(-1)
-    key = key.transpose(-1, -2)
-    for start in range(0, queries, rows):
-        stop = min(queries, start + rows)
-        seen = min(keys, stop) if is_causal else keys
-        shape = (heads, stop - start, seen)
+    offset = 0 if above is not None else keys - queries
+    place = (torch.arange(queries) + offset).clamp(0, keys - 1)[:, None]
+    step = ROWS
+    for start in range(0, queries, step):
+        stop = min(queries, start + step)
+        seen = min(keys, stop) if above is not None else keys
+        shape = (stop - start, seen)
         scores, p = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-        torch.bmm(query[:, start:stop], key[..., :seen], out=scores)
-        ask = weights[:, start:stop]
+        torch.mm(query[start:stop], key[:seen].T, out=scores)
+        ask = weights[start:stop]
         empty = None
         if bias is not None:
-            own = bias[:, start:stop, :seen] if bias.shape[1] > 1 else bias[..., :seen]
+            own = bias[start:stop, :seen] if len(bias) > 1 else bias[:, :seen]
             scores += own
-            empty = (own == -math.inf).all(-1).expand(heads, stop - start)
+            empty = (own == -math.inf).all(-1).expand(stop - start)
             if bool(empty.any()):
-                scores.masked_fill_(empty[..., None], 0.0)
+                scores.masked_fill_(empty[:, None], 0.0)
                 ask = ask.masked_fill(empty, 0.0)
             else:
                 empty = None
         if above is not None and start < seen:
-            hidden = above[: stop - start, : seen - start]
-            scores[..., start:].masked_fill_(hidden, -math.inf)
+            scores[:, start:].masked_fill_(above[: stop - start, : seen - start], -math.inf)
         torch.softmax(scores, -1, out=p)
-        output[:, start:stop] = p @ value[:, :seen]
-        mass[:, :seen] += (ask[:, None] @ p).squeeze(1)
-        own_place = place[None, start:stop, None].expand(heads, -1, 1)
-        probability = p.gather(-1, own_place).squeeze(-1)
-        torch.sub(known[:, start:stop], probability.log(), out=lse[:, start:stop])
+        torch.mm(p, value[:seen], out=output[start:stop])
+        mass[:seen] += ask @ p
+        probability = p.gather(-1, place[start:stop]).squeeze(-1)
+        score = scores.gather(-1, place[start:stop]).squeeze(-1)
+        torch.sub(score, probability.log(), out=lse[start:stop])
         lost = ~(probability > LEAST_PROBABILITY)
         if bool(lost.any()):
-            lse[:, start:stop][lost] = scores[lost].logsumexp(-1)
+            lse[start:stop][lost] = scores[lost].logsumexp(-1)
         if empty is not None:
-            output[:, start:stop][empty] = 0.0
-            lse[:, start:stop][empty] = -math.inf
+            output[start:stop][empty] = 0.0
+            lse[start:stop][empty] = -math.inf
