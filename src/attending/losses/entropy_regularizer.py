@@ -24,6 +24,7 @@ from torch.utils import checkpoint
 from attending.core import statistics
 from attending.losses.entropy_regularization import Semantics, Thresholds, entropy_regularization
 from attending.taps import AttentionCall, Handler, Proceed, tap
+from attending.taps.running import evaluating
 
 
 class _Rows(NamedTuple):
@@ -140,14 +141,8 @@ class EntropyRegularizer(nn.Module):
                 num_heads[names.of(call)] = call.num_heads
             return proceed(call)
 
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad(), tap(model, look):
-                model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with torch.no_grad(), evaluating(model), tap(model, look):
+            model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         if not num_heads:
             raise ValueError(
                 f"model: expected one with self-attention, got {type(model).__name__}, which only "
