@@ -127,6 +127,7 @@ def _sweep_head(
     # A row's lse is the score of any key less the log of its probability: of the token itself.
     offset = 0 if above is not None else keys - queries
     place = (torch.arange(queries) + offset).clamp(0, keys - 1)[:, None]
+    score, probability = query.new_empty(2, queries, 1)
     step = ROWS
     for start in range(0, queries, step):
         stop = min(queries, start + step)
@@ -150,12 +151,18 @@ def _sweep_head(
         torch.softmax(scores, -1, out=p)
         torch.mm(p, value[:seen], out=output[start:stop])
         mass[:seen] += ask @ p
-        probability = p.gather(-1, place[start:stop]).squeeze(-1)
-        score = scores.gather(-1, place[start:stop]).squeeze(-1)
-        torch.sub(score, probability.log(), out=lse[start:stop])
-        lost = ~(probability > LEAST_PROBABILITY)
-        if bool(lost.any()):
-            lse[start:stop][lost] = scores[lost].logsumexp(-1)
+        torch.gather(p, 1, place[start:stop], out=probability[start:stop])
+        torch.gather(scores, 1, place[start:stop], out=score[start:stop])
         if empty is not None:
             output[start:stop][empty] = 0.0
-            lse[start:stop][empty] = -math.inf
+            score[start:stop][empty] = -math.inf
+            probability[start:stop][empty] = 1.0
+    torch.sub(score[:, 0], probability[:, 0].log_(), out=lse)
+    lost = (probability[:, 0] < math.log(LEAST_PROBABILITY)).nonzero().squeeze(-1)
+    for rows in lost.split(ROWS):  # that do not look at themselves at all
+        scores = query[rows] @ key.T
+        if bias is not None:
+            scores += bias.expand(queries, keys)[rows]
+        if above is not None:
+            scores.masked_fill_(torch.arange(keys) > rows[:, None], -math.inf)
+        lse[rows] = scores.logsumexp(-1)
