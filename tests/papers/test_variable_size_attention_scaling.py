@@ -20,7 +20,7 @@ def test_the_text_is_read_as_the_model_reads_it() -> None:
     assert found.nats[1] == pytest.approx(float(nats[:, 7:].mean()), rel=1e-4)
     assert not torch.equal(text._texts(1, loaded, 24, 2), ids)
     with pytest.raises(ValueError, match="texts: expected at most"):
-        text._texts(0, loaded, 2048, 1000)
+        text._texts(0, loaded, 24, 1000)
 
 
 def numbers(**changes: float) -> dict[str, list[float]]:
