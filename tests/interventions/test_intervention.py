@@ -266,3 +266,10 @@ def test_a_call_handed_on_is_replaced(model) -> None:
         model(torch.tensor([[1, 2, 3]]))
     assert calls[0].inner == 0
     assert replace(calls[0], scale=1.0).name == calls[0].name
+
+
+def test_all_names_of_the_room_are_there() -> None:
+    assert set(at.interventions.__all__) <= set(dir(at.interventions))
+    for name in at.interventions.__all__:
+        assert getattr(at.interventions, name) is not None
+    assert not hasattr(at.interventions, "AttentionCalibratoin")
