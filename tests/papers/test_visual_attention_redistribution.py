@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from attending import zoo
+from attending.interventions import VisualAttentionRedistribution
 from attending.papers import _visual_attention_redistribution_shapes as experiment
+from attending.papers._visual_attention_redistribution_planted import CHANNEL, PLACES, plant
 from attending.papers.visual_attention_redistribution import RULE, reproduce
+from attending.zoo import shapes
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -55,3 +59,20 @@ def test_smoke_run_measures_everything_and_leaves_the_generator_alone(tmp_path: 
     assert found["edited_rows_all_heads"] > found["edited_rows_redistributed"] > 0
     assert 0 < found["largest_phi_share"] <= 1
     assert found["papers_tau"] in (0, 1)
+    assert found["planted_channel_found"] == 1
+
+
+@torch.no_grad()
+def test_planted_sinks_are_sinks_and_the_model_stays() -> None:
+    llava = zoo.load("llava-shapes")
+    scenes = shapes.make_scenes(3, seed=5)
+    inputs = llava.processor(scenes, "Is there a red circle in the image?")
+    before = llava.model(**inputs).logits
+    planted = plant(llava, inputs, seed=0)
+    assert torch.equal(llava.model(**inputs).logits, before)
+    assert not torch.allclose(planted.model(**inputs).logits, before, atol=0.1)
+    method = VisualAttentionRedistribution((CHANNEL,), scale_tau=True, skip_first=0)
+    with method(planted.model) as run:
+        planted.model(**inputs)
+    assert run.layers[0].image_sinks == 3 * PLACES
+    assert run.layers[0].text_sinks == 3

@@ -24,6 +24,7 @@ from attending.interventions.vision_language import (
     language_layers,
 )
 from attending.interventions.visual_attention_redistribution import VisualAttentionRedistribution
+from attending.papers._visual_attention_redistribution_planted import CHANNEL, plant
 from attending.probes.hallucination import chair, count_mentions, pope_scores
 from attending.zoo.entry import ZooModel
 from attending.zoo.shapes import (
@@ -34,6 +35,7 @@ from attending.zoo.shapes import (
     Scene,
     make_scenes,
     pope_questions,
+    presence_question,
 )
 from attending.zoo.shapes_tasks import answer_questions, caption_scenes
 
@@ -89,6 +91,26 @@ def run(
         with counting(zoo_model, method, arm, seed) as counts:
             found = score(zoo_model, asked, seed, scenes, per_scene, captions)
         numbers |= {f"{name}_{arm}": value for name, value in (found | counts()).items()}
+    return numbers | run_planted(zoo_model, seed, asked[:scenes], per_scene, calibration)
+
+
+def run_planted(
+    zoo_model: ZooModel, seed: int, scenes: list[Scene], per_scene: int, calibration: int
+) -> dict[str, float]:
+    """The accuracy of POPE's adversarial questions where sinks were planted, in every arm."""
+    outside = make_scenes(calibration, OUTSIDE + seed, opacity=FAINT)
+    texts = [presence_question(scene.names[0]) for scene in outside]
+    inputs = zoo_model.processor(outside, texts)
+    planted = plant(zoo_model, inputs, seed)
+    found = find_sink_dimensions(planted.model, inputs, k=1)
+    method = VisualAttentionRedistribution(found.dimensions, scale_tau=True, skip_first=SKIP_FIRST)
+    questions = pope_questions(scenes, "adversarial", seed, per_scene=per_scene)
+    labels = [question.answer for question in questions]
+    numbers = {"planted_channel_found": float(found.dimensions == (CHANNEL,))}
+    for arm in ARMS:
+        with counting(planted, method, arm, seed):
+            answers = answer_questions(planted, scenes, questions)
+        numbers[f"planted_{arm}"] = pope_scores(answers, labels, "first_word").accuracy
     return numbers
 
 

@@ -44,7 +44,8 @@ RULE = Rule(
         "accurate than with as many random image tokens as sinks, and in all heads brings the "
         "accuracy down to 0.6 or less (guessing has 0.5). Held in direction if on average over "
         "the seeds it raises the accuracy, does not raise CHAIR, and is more accurate than in all "
-        "heads. Did not hold otherwise."
+        "heads. Did not hold otherwise. The accuracies with sinks planted in the model are "
+        "measured beside it and are not part of the rule."
     ),
     judge=_judge,
 )
@@ -104,7 +105,7 @@ def settings(scale: Scale) -> dict[str, Any]:
     """What determines a run but its seed. `full` was never run."""
     return {
         "smoke": {"scenes": 2, "per_scene": 1, "captions": 2, "calibration": 2},
-        "small": {"scenes": 50, "per_scene": 3, "captions": 50, "calibration": 16},
+        "small": {"scenes": 40, "per_scene": 3, "captions": 40, "calibration": 16},
         "full": {"scenes": 500, "per_scene": 3, "captions": 500, "calibration": 100},
     }[scale]
 
@@ -133,6 +134,7 @@ def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
                 ("random", "pope_random", "POPE", "accuracy"),
                 ("popular", "pope_popular", "POPE", "accuracy"),
                 ("adversarial", "pope_adversarial", "POPE", "accuracy"),
+                ("adversarial, sinks planted", "planted", "POPE", "accuracy"),
                 ("CHAIR i", "chair_i", "captions", "share"),
                 ("CHAIR s", "chair_s", "captions", "share"),
                 ("recall", "recall", "captions", "share"),
