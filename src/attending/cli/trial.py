@@ -27,6 +27,7 @@ class TaskName(StrEnum):
     """The tasks that a model can be given."""
 
     shapes_pope = "shapes-pope"
+    shapes_pope_faint = "shapes-pope-faint"
 
 
 def command(
@@ -104,7 +105,8 @@ def command(
 
     loaded = load_model(model, device=device, dtype=DTYPES[dtype])
     if task is not None:
-        found = _on_task(loaded, stacks, scenes, repeats, seed)
+        faint = task is TaskName.shapes_pope_faint
+        found = _on_task(loaded, stacks, scenes, faint, repeats, seed)
     else:
         found = _on_text(loaded, stacks, words, max_tokens, prompt, generate, repeats, seed)
 
@@ -241,12 +243,13 @@ def _on_task(
     loaded: "LoadedModel",
     stacks: "dict[str, list[tuple[Method, bool]]]",
     scenes: int,
+    faint: bool,
     repeats: int,
     seed: int,
 ) -> "Trial":
     from attending.zoo import shapes
 
-    asked = shapes_task(loaded, scenes, seed)
+    asked = shapes_task(loaded, scenes, faint, seed)
     learning = []
     if any(learns for stack in stacks.values() for _, learns in stack):
         others = shapes.make_scenes(scenes, seed + 1)
@@ -262,7 +265,7 @@ def _on_task(
     )
 
 
-def shapes_task(loaded: "LoadedModel", scenes: int, seed: int) -> "ShapesPope":
+def shapes_task(loaded: "LoadedModel", scenes: int, faint: bool, seed: int) -> "ShapesPope":
     """The task for a model that sees.
 
     Raises:
@@ -275,16 +278,16 @@ def shapes_task(loaded: "LoadedModel", scenes: int, seed: int) -> "ShapesPope":
     config = loaded.model.config
     if not hasattr(config, "vision_config") or not hasattr(config, "image_seq_length"):
         raise CommandError(
-            f"--task shapes-pope shows images, and {loaded.name} ({type(loaded.model).__name__}) "
+            f"--task shows images, and {loaded.name} ({type(loaded.model).__name__}) "
             "sees none as LLaVA does; try llava-shapes"
         )
     if "<image>" not in loaded.tokenizer.get_vocab():
         raise CommandError(
-            f"--task shapes-pope needs a token <image>, which the tokenizer of {loaded.name} lacks"
+            f"--task needs a token <image>, which the tokenizer of {loaded.name} lacks"
         )
     processor = make_processor(loaded.model, loaded.tokenizer)
     seeing = ZooModel(loaded.model, loaded.tokenizer, {}, loaded.name, processor)
-    return ShapesPope(seeing, scenes=scenes, seed=seed)
+    return ShapesPope(seeing, scenes=scenes, seed=seed, faint=faint)
 
 
 def _run(loaded: "LoadedModel", inputs: Any, methods: Any, **settings: Any) -> "Trial":

@@ -9,6 +9,7 @@ from torch import nn
 from attending import __version__
 from attending.diagnosis.inputs import as_batches
 from attending.diagnosis.run import name_of
+from attending.interventions.visual_token_pruning import VisualTokenPruning
 from attending.report.text import plural
 from attending.taps.running import device_of, evaluating, first_tensor, to_device
 from attending.trials.contenders import (
@@ -115,8 +116,8 @@ def trial(
         _run(contenders, stages, repeats, seed, progress)
     measures, found = _finished(stages, contenders)
     _note_what_changed_nothing(stages, contenders)
-    if prompt_length is None and any(measure.name == "perplexity" for measure in measures):
-        _note_who_saw_all(contenders)
+    if any(measure.name == "perplexity" for measure in measures):
+        _note_who_saw_too_much(contenders, prompt_length)
     texts = _texts(stages, tokenizer)
     return Trial(
         model=name or name_of(model),
@@ -244,12 +245,20 @@ def _note_what_changed_nothing(stages: Sequence[Stage], contenders: Sequence[Con
             contender.note(text)
 
 
-def _note_who_saw_all(contenders: Sequence[Contender]) -> None:
+def _note_who_saw_too_much(contenders: Sequence[Contender], prompt_length: int | None) -> None:
+    """Perplexity is honest only of those that look for nothing in what they are to predict."""
     for contender in contenders:
-        if contender.status == "ran" and any(map(takes_prompt_length, contender.stack)):
+        if contender.status != "ran" or not any(map(takes_prompt_length, contender.stack)):
+            continue
+        if prompt_length is None:
             contender.note(
                 "it took whole sequences for prompts and so saw tokens that it was to predict: "
                 "give prompt_length for a perplexity that holds for decoding"
+            )
+        elif any(isinstance(method, VisualTokenPruning) for method in contender.stack):
+            contender.note(
+                "prompt_length counts tokens before pruning: it took as many of those that are "
+                "left for the prompt, and so saw tokens that it was to predict"
             )
 
 

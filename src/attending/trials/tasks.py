@@ -73,6 +73,7 @@ class ShapesPope:
         kind: which questions, see above.
         scenes: how many images, six questions each.
         seed: of images and questions; none of the images was trained on.
+        faint: whether the objects are hard to see, so that a model makes up more.
         batch_size: questions at once.
         generate_kwargs: for `model.generate`, beside greedy decoding.
     """
@@ -81,13 +82,15 @@ class ShapesPope:
     kind: str = "adversarial"
     scenes: int = 24
     seed: int = 0
+    faint: bool = False
     batch_size: int = 48
     generate_kwargs: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"shapes-pope, {self.kind}, {len(self.asked[1])} questions"
+        faint = ", faint" if self.faint else ""
+        return f"shapes-pope, {self.kind}{faint}, {len(self.asked[1])} questions"
 
     @property
     def model(self) -> nn.Module:
@@ -110,7 +113,10 @@ class ShapesPope:
     @functools.cached_property
     def asked(self) -> tuple[list[shapes.Scene], list[shapes.Question]]:
         """The images and the questions."""
-        scenes = shapes.make_scenes(self.scenes, self.seed)
+        if self.faint:
+            scenes = shapes.make_scenes(self.scenes, self.seed, opacity=shapes.FAINT)
+        else:
+            scenes = shapes.make_scenes(self.scenes, self.seed)
         return scenes, shapes.pope_questions(scenes, self.kind, self.seed)
 
     def run(self, model: nn.Module) -> Mapping[str, Score]:
