@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-SHAPELY_ROOMS = ("core", "nn", "losses", "probes", "models", "interventions", "sparse", "decoding")
+SHAPELY_ROOMS = (
+    "core",
+    "nn",
+    "losses",
+    "probes",
+    "models",
+    "interventions",
+    "sparse",
+    "decoding",
+    "diffusion",
+)
 
 # A first call may load kernels, so no deadline. Under CI the examples are the same in every run:
 # what fails there fails here, too.

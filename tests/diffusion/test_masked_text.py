@@ -1,5 +1,6 @@
 """Iterative unmasking against a naive sampler, exact distributions and its own promises."""
 
+import itertools
 import math
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_promises(
         assert len(seen) == steps
     assert sum(int(step.unmasked) for step in seen) == masks
     left = [int(step.masked.sum()) for step in seen] + [0]
-    assert [a - b for a, b in zip(left, left[1:], strict=False)] == [int(s.unmasked) for s in seen]
+    assert [a - b for a, b in itertools.pairwise(left)] == [int(s.unmasked) for s in seen]
     assert torch.equal(sample(), written)
 
 
