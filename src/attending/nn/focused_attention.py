@@ -80,8 +80,10 @@ class _Focused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, power: Tensor) -> Tensor:
         output = torch.empty_like(features, memory_format=torch.contiguous_format)
+        scratch = None
         for rows in _pieces(features, power, output):
-            _focus(*rows)
+            scratch = torch.empty_like(rows[0]) if scratch is None else scratch
+            _focus(*rows, scratch[: rows[0].shape[0]])
         ctx.save_for_backward(features, power, output)
         return output
 
@@ -137,19 +139,21 @@ def _gradients(
     return grad_features, (across * positive.log()).sum(-1, keepdim=True)
 
 
-def _focus(features: Tensor, power: Tensor, output: Tensor) -> None:
-    """Write the kernel of some vectors into `output`, in few passes and no new memory but one."""
-    length = torch.linalg.vector_norm(features.relu(), dim=-1, keepdim=True)
+def _focus(features: Tensor, power: Tensor, output: Tensor, scratch: Tensor) -> None:
+    """Write the kernel of some vectors into `output`, in few passes and without new memory."""
+    torch.clamp(features, min=0.0, out=scratch)
+    length = torch.linalg.vector_norm(scratch, dim=-1, keepdim=True)
     top = features.amax(-1, keepdim=True).clamp_(min=0.0).log_()
     top.masked_fill_(top == -math.inf, 0.0)
     # Logarithms of zeros and exponentials of -inf take many times longer than those of numbers. So
     # negative coordinates go along as positive ones, and are cut off at the end as relu's gradient
     # does it: where the features are not above 0.
-    raised = features.abs().log_().sub_(top).clamp_(max=0.0).mul_(power).exp_()
-    raised = torch.ops.aten.threshold_backward(raised, features, 0.0)
+    torch.abs(features, out=scratch).log_()
+    torch.addcmul(top.mul_(power).neg_(), scratch, power, out=scratch).clamp_(max=0.0).exp_()
+    torch.ops.aten.threshold_backward.grad_input(scratch, features, 0.0, grad_input=output)
     # The largest coordinate is 1 now, so that the norm is at least 1 unless all are 0.
-    norm = torch.linalg.vector_norm(raised, dim=-1, keepdim=True).clamp_(min=1.0)
-    torch.mul(raised, length.div_(norm), out=output)
+    norm = torch.linalg.vector_norm(output, dim=-1, keepdim=True).clamp_(min=1.0)
+    output.mul_(length.div_(norm))
 
 
 def focused_linear_attention(
