@@ -80,7 +80,7 @@ class _Focused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, power: Tensor) -> Tensor:
         output = torch.empty_like(features, memory_format=torch.contiguous_format)
-        scratch = None
+        scratch: Tensor | None = None
         for rows in _pieces(features, power, output):
             scratch = torch.empty_like(rows[0]) if scratch is None else scratch
             _focus(*rows, scratch[: rows[0].shape[0]])
