@@ -83,7 +83,7 @@ class _Focused(torch.autograd.Function):
         scratch: Tensor | None = None
         for rows in _pieces(features, power, output):
             scratch = torch.empty_like(rows[0]) if scratch is None else scratch
-            _focus(*rows, scratch[: rows[0].shape[0]])
+            _focus(scratch[: len(rows[0])], *rows)
         ctx.save_for_backward(features, power, output)
         return output
 
@@ -139,7 +139,7 @@ def _gradients(
     return grad_features, (across * positive.log()).sum(-1, keepdim=True)
 
 
-def _focus(features: Tensor, power: Tensor, output: Tensor, scratch: Tensor) -> None:
+def _focus(scratch: Tensor, features: Tensor, power: Tensor, output: Tensor) -> None:
     """Write the kernel of some vectors into `output`, in few passes and without new memory."""
     torch.clamp(features, min=0.0, out=scratch)
     length = torch.linalg.vector_norm(scratch, dim=-1, keepdim=True)
