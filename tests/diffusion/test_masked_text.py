@@ -227,7 +227,10 @@ def test_absolute_positions_begin_with_each_prompt() -> None:
 
 
 def test_one_token_a_step_draws_from_the_joint_distribution() -> None:
-    """With true conditionals, any order gives the joint; all at once gives only the marginals."""
+    """With true conditionals, orders that no draw decides give the joint.
+
+    All at once gives only the marginals, and to prefer likely draws gives neither.
+    """
     joint = torch.tensor([[0.30, 0.02], [0.08, 0.60]], dtype=torch.float64)
     mask, rows = 2, 5_000
 
@@ -262,6 +265,7 @@ def test_one_token_a_step_draws_from_the_joint_distribution() -> None:
     assert far(frequencies("random", 2), joint) < 4.5
     assert far(frequencies("entropy", 2), joint) < 4.5
     assert far(frequencies("random", 1), product) < 4.5
+    assert far(frequencies("confidence", 2), joint) > 5
     assert far(product, joint) > 25
     sharper = product.sqrt() / product.sqrt().sum()
     assert far(frequencies("random", 1, temperature=2.0), sharper) < 4.5

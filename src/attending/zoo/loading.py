@@ -30,6 +30,8 @@ def load_folder(
     folder: Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Read model and tokenizer from a local folder.
 
@@ -40,6 +42,7 @@ def load_folder(
         folder: Holds ``config.json``, ``model.safetensors`` and the tokenizer's files.
         device: Where the model goes; ``None`` leaves it on the CPU.
         dtype: The type of the weights in memory, whatever it is on disk.
+        tokenizer: The tokenizer, if the folder has none of its own.
     """
     from transformers import AutoTokenizer
 
@@ -52,9 +55,10 @@ def load_folder(
             attn_implementation="sdpa",
             dtype=dtype,
         )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     model.eval()
     if device is not None:
         torch.nn.Module.to(model, device)

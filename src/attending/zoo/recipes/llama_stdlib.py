@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
@@ -120,17 +121,30 @@ def backward(model: Any, batch: Tensor, bfloat16: bool) -> float:
     """Mean loss of predicting each token from those before it; gradients land in the model."""
     inputs, targets = batch[:, :-1], batch[:, 1:].flatten()
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=bfloat16):
-        states = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-    leaves = states.detach().flatten(0, 1).requires_grad_()
+        states = model.model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    weights = torch.full(targets.shape, 1.0 / len(targets), device=targets.device)
+    return backward_from_states(model, states, targets, weights, bfloat16)
+
+
+def backward_from_states(
+    model: Any,
+    states: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    bfloat16: bool,
+) -> float:
+    """Weighted sum of the losses of ``model.lm_head`` on states, a few rows at a time."""
+    leaves = states.detach().requires_grad_()
     total = 0.0
     for start in range(0, len(targets), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(targets.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model.lm_head(leaves[rows])
-        loss = F.cross_entropy(logits.float(), targets[rows], reduction="sum") / len(targets)
+        losses = F.cross_entropy(logits.float(), targets[rows], reduction="none")
+        loss = (losses * weights[rows]).sum()
         torch.autograd.backward(loss)
         total += loss.item()
-    torch.autograd.backward(states, leaves.grad.view_as(states))
+    torch.autograd.backward(states, leaves.grad)
     return total
 
 
@@ -150,11 +164,11 @@ def quick_bits_per_byte(
 
 
 def load_corpus(
-    tokenizer: Any, training: list[Document], recipe: LlamaStdlibRecipe
+    tokenizer: Any, training: list[Document], seed: int
 ) -> tuple[PackedTokens, dict[str, Any]]:
     """The training stream, and what a run remembers of it to know it again."""
     stream = torch.cat([encode_document(tokenizer, document.text) for document in training])
-    data = PackedTokens(stream, tokenizer.bos_token_id, recipe.seed)
+    data = PackedTokens(stream, tokenizer.bos_token_id, seed)
     return data, {"fingerprint": data.fingerprint, "training_tokens": len(stream)}
 
 
@@ -207,7 +221,7 @@ def train(
         texts = [document.text for document in training]
         tokenizer = train_tokenizer(texts, recipe.vocabulary, recipe.context)
         tokenizer.save_pretrained(out / "tokenizer")
-    data, corpus = load_corpus(tokenizer, training, recipe)
+    data, corpus = load_corpus(tokenizer, training, recipe.seed)
 
     model = build_model(recipe, tokenizer)
     optimizer = torch.optim.AdamW(

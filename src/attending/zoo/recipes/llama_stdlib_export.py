@@ -102,7 +102,7 @@ def export(out_dir: str | Path, folder: str | Path, *, root: Path | None = None)
     recipe = LlamaStdlibRecipe(**state["recipe"])
     run_tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(Path(out_dir) / "tokenizer")
     training, held_out = split(read_documents(root), recipe.held_out_per_mille)
-    _, corpus = load_corpus(run_tokenizer, training, recipe)
+    _, corpus = load_corpus(run_tokenizer, training, recipe.seed)
     # Another standard library may have trained on what this one holds out.
     check_same("corpus", state["corpus"], corpus, checkpoint)
     trained = build_model(recipe, run_tokenizer)

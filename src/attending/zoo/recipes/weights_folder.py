@@ -13,6 +13,8 @@ import torch
 def write_weights(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any]) -> None:
     """Write a folder that ``from_pretrained`` loads, its weights in float16.
 
+    A ``tokenizer`` of ``None`` leaves it out, for a model that reads with another model's.
+
     Files are prepared aside and moved in one by one, so that whoever reads the folder meanwhile
     never meets half a file.
     """
@@ -20,7 +22,8 @@ def write_weights(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as name:
         aside = Path(name)
         copy.deepcopy(model).to(torch.float16).save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         text = json.dumps(card, indent=1, ensure_ascii=False)
         (aside / "card.json").write_text(text + "\n", encoding="utf-8")
         for file in sorted(aside.iterdir()):
