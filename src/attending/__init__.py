@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from attending import conversion as conversion
     from attending import core as core
     from attending import decoding as decoding
+    from attending import diffusion as diffusion
     from attending import interventions as interventions
     from attending import losses as losses
     from attending import nn as nn
@@ -47,6 +48,7 @@ _PUBLIC = {
     "interventions": ("attending.interventions", None),
     "conversion": ("attending.conversion", None),
     "decoding": ("attending.decoding", None),
+    "diffusion": ("attending.diffusion", None),
     "bias": ("attending.core.bias", None),
     "papers": ("attending.papers", None),
     "probes": ("attending.probes", None),
