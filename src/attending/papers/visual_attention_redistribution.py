@@ -142,3 +142,25 @@ def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
         ),
         settings=settings_here,
     )
+
+
+def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
+    """A point for each seed, a line at their mean: questions on the left, captions on the right."""
+    arms = ("plain", "redistributed", "random", "all_heads")
+    left, right = figure.subplots(1, 2)
+    panels = (
+        (left, "accuracy", {"pope": "POPE", "planted": "adversarial, sinks planted"}),
+        (right, "share", {"chair_i": "CHAIR i", "chair_s": "CHAIR s", "recall": "recall"}),
+    )
+    for axes, label, names in panels:
+        for shift, (name, words) in enumerate(names.items()):
+            color = f"C{shift}"
+            found = [[one.measurements[f"{name}_{arm}"] for one in reproductions] for arm in arms]
+            places = [place + 0.1 * shift for place in range(len(arms))]
+            means = [sum(values) / len(values) for values in found]
+            axes.plot(places, means, color=color, label=words, marker="_", markersize=14)
+            for place, values in zip(places, found, strict=True):
+                axes.plot([place] * len(values), values, ".", color=color)
+        axes.set_xticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
+        axes.set_ylabel(label)
+        axes.legend(fontsize="small")
