@@ -163,4 +163,4 @@ def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
                 axes.plot([place] * len(values), values, ".", color=color)
         axes.set_xticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
         axes.set_ylabel(label)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center right")
