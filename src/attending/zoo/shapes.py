@@ -2,8 +2,8 @@
 
 >>> from attending.zoo import shapes
 >>> scene = shapes.make_scene(seed=8)
->>> [thing.name for thing in scene.objects]
-['blue circle', 'green star', 'purple star', 'white star', 'white ring']
+>>> ", ".join(thing.name for thing in scene.objects)
+'blue circle, green star, purple star, white star, white ring'
 >>> scene.image().shape, scene.masks().shape
 (torch.Size([3, 32, 32]), torch.Size([5, 32, 32]))
 
