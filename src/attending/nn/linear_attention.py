@@ -189,8 +189,7 @@ def hide(features: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _divide(output: Tensor, divisor: Tensor) -> Tensor:
-    nothing = divisor == 0
-    return (output / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    return output * divisor.masked_fill(divisor == 0, torch.inf).reciprocal()
 
 
 def _causal(
