@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attending.diffusion.masked_text import sample_masked_text
@@ -95,17 +95,23 @@ def measure(
             ]
         )
         bounds = (bounds * can.repeat(draws, 1).sum(1) / masked.sum(1)).view(draws, len(rows))
-        error = (bounds.var(0) / draws).sum().sqrt().item() if draws > 1 else math.nan
         measured.append(
             {
                 "path": document.path,
                 "bytes": document.size,
                 "sha256": document.digest,
                 "bits_per_byte": bits_per_byte(bounds.mean(0).sum().item(), document.size),
-                "standard_error": bits_per_byte(error, document.size),
+                "standard_error": _standard_error(bounds, document.size),
             }
         )
     return measured
+
+
+def _standard_error(bounds: Float[Tensor, "draws rows"], size: int) -> float | None:
+    """In bits per byte; of a single draw nobody knows."""
+    if len(bounds) < 2:
+        return None
+    return bits_per_byte((bounds.var(0) / len(bounds)).sum().sqrt().item(), size)
 
 
 def measure_ratios(
@@ -172,7 +178,7 @@ def write_sample(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
 
 
-def groups_of(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def groups_of(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """All files together, then what is left without the tables of ``encodings/``."""
     groups = {"all": measured}
     groups["without_encodings"] = [f for f in measured if not f["path"].startswith(TABLES)]
@@ -180,9 +186,9 @@ def groups_of(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         name: {
             "bytes": sum(file["bytes"] for file in files),
             "bits_per_byte": average(files),
-            "standard_error": math.sqrt(
-                sum((file["standard_error"] * file["bytes"]) ** 2 for file in files)
-            )
+            "standard_error": None
+            if any(file["standard_error"] is None for file in files)
+            else math.sqrt(sum((file["standard_error"] * file["bytes"]) ** 2 for file in files))
             / sum(file["bytes"] for file in files),
         }
         for name, files in groups.items()
@@ -280,6 +286,10 @@ def export(
     return card
 
 
+def _spread(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.3f}"
+
+
 def readme(card: dict[str, Any]) -> str:
     """The data card for people, written from the card for programs."""
     data, held_out, machine = card["data"], card["held_out"], card["machine"]
@@ -288,7 +298,7 @@ def readme(card: dict[str, Any]) -> str:
         "| | " + " | ".join(group.replace("_", " ") for group in groups) + " |\n|---|"
         f"{'---|' * len(groups)}\n| **this model, at most** | "
         + " | ".join(
-            f"{held_out[group]['bits_per_byte']:.3f} ± {held_out[group]['standard_error']:.3f}"
+            f"{held_out[group]['bits_per_byte']:.3f}{_spread(held_out[group]['standard_error'])}"
             for group in groups
         )
         + " |"
@@ -351,8 +361,8 @@ the bound on the first characters of each held-out file, one mask each, noisy bu
 ## How good it is
 
 The bound of the diffusion on the bits per byte of the held-out files, lower is better: every row
-of {card["recipe"]["context"]} tokens by itself, {held_out["draws"]} masks each, ± one standard
-error of the masks. Measured with the float16 weights of this folder loaded in float32.
+of {card["recipe"]["context"]} tokens by itself, {held_out["draws"]} sets of masks each. After ±, if
+given, one standard error of the masks. Measured with the float16 weights of this folder loaded in float32.
 
 {table}
 
