@@ -39,7 +39,7 @@ RATIOS = (0.15, 0.3, 0.5, 0.7, 0.9)
 PROMPT = 'class Stack:\n    """A list of which only the last item is seen."""\n\n    def '
 ROWS = 8  # read at once
 LIMITS = (
-    "Fills in and writes text that looks like Python, not programs that work.",
+    "Fills gaps in Python. Text of its own soon repeats itself, as the sample shows.",
     "Trained for minutes, for less than one pass over the text; llama-stdlib, which it starts "
     "from, is the better writer.",
     "Its figure is an upper bound, and each row of the context is scored by itself, while "
@@ -361,8 +361,9 @@ the bound on the first characters of each held-out file, one mask each, noisy bu
 ## How good it is
 
 The bound of the diffusion on the bits per byte of the held-out files, lower is better: every row
-of {card["recipe"]["context"]} tokens by itself, {held_out["draws"]} sets of masks each. After ±, if
-given, one standard error of the masks. Measured with the float16 weights of this folder loaded in float32.
+of {card["recipe"]["context"]} tokens by itself; sets of masks for each row: {held_out["draws"]}. After ±, if given,
+one standard error of the masks. Measured with the float16 weights of this folder loaded in
+float32.
 
 {table}
 
