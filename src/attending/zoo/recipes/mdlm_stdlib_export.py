@@ -361,9 +361,9 @@ the bound on the first characters of each held-out file, one mask each, noisy bu
 ## How good it is
 
 The bound of the diffusion on the bits per byte of the held-out files, lower is better: every row
-of {card["recipe"]["context"]} tokens by itself; sets of masks for each row: {held_out["draws"]}. After ±, if given,
-one standard error of the masks. Measured with the float16 weights of this folder loaded in
-float32.
+of {card["recipe"]["context"]} tokens by itself; sets of masks for each row: {held_out["draws"]}.
+After ±, if given, one standard error of the masks. Measured with the float16 weights of this folder
+loaded in float32.
 
 {table}
 
