@@ -8,26 +8,6 @@ from hypothesis import strategies as st
 from attending.decoding.contrastive_search import ContrastiveSearch, contrastive_scores
 
 
-@pytest.fixture(scope="module")
-def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=29,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @torch.no_grad()
 def by_definition(model, ids, alpha, top_k, steps):
     """The reference: no cache, no batch; every candidate in a forward of its own."""

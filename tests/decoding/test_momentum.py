@@ -44,26 +44,6 @@ def walk_on(model, processor, prompt, steps):
     return ids
 
 
-@pytest.fixture(scope="module")
-def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=29,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("table", ["dec2022", "gpt2xl_head"])
 def test_golden(table):
     with np.load(GOLDEN / f"decode_{table}.npz") as arrays:
