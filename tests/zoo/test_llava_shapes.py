@@ -24,12 +24,9 @@ from attending.zoo.recipes.llava_shapes_data import (
     pixels,
 )
 from attending.zoo.recipes.llava_shapes_export import caption_scores, export, yes_no_scores
-from attending.zoo.recipes.llava_shapes_trainee import (
-    Trainee,
-    TwoOptimizers,
-    fast_attention,
-    training_attention,
-)
+from attending.zoo.recipes.llava_shapes_trainee import Trainee
+from attending.zoo.recipes.training_attention import fast_attention, training_attention
+from attending.zoo.recipes.two_optimizers import TwoOptimizers
 from attending.zoo.shapes_processor import ShapesProcessor
 
 TINY = LlavaShapesRecipe(

@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -70,6 +70,25 @@ class Recipe:
 
     train: Callable[[Path, Mapping[str, Any], bool, Path | None], dict[str, Any]]
     export: Callable[[Path, Path], dict[str, Any]]
+
+
+RecipeT = TypeVar("RecipeT")
+
+
+def with_settings(recipe_class: type[RecipeT], settings: Mapping[str, Any], name: str) -> RecipeT:
+    """The recipe of the model ``name``, a dataclass, with these changes to it.
+
+    Raises:
+        ValueError: For a setting that the recipe does not have, or a value that it refuses.
+    """
+    known = [field.name for field in fields(recipe_class)]  # type: ignore[arg-type]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(
+            f"expected settings of the recipe of {name}, got {', '.join(unknown)}; the "
+            f"settings are {', '.join(known)}"
+        )
+    return recipe_class(**settings)
 
 
 @dataclass(frozen=True)

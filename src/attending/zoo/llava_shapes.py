@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel
+from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
 from attending.zoo.loading import load_folder
 from attending.zoo.shapes_processor import ShapesProcessor
 
@@ -51,14 +50,8 @@ def _train(
     # Imported here: most users load the model and never train it.
     from attending.zoo.recipes.llava_shapes import LlavaShapesRecipe, train
 
-    known = [field.name for field in fields(LlavaShapesRecipe)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"expected settings of the recipe of llava-shapes, got {', '.join(unknown)}; the "
-            f"settings are {', '.join(known)}"
-        )
-    return train(out_dir, LlavaShapesRecipe(**settings), resume, export_to=export_to)
+    recipe = with_settings(LlavaShapesRecipe, settings, ENTRY.name)
+    return train(out_dir, recipe, resume, export_to=export_to)
 
 
 def _export(out_dir: Path, path: Path) -> dict[str, Any]:

@@ -6,14 +6,13 @@ It reads all of a text in which some tokens are :data:`MASK` and says what each 
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attending.zoo import llama_stdlib
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel
+from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
 from attending.zoo.loading import load_folder
 
 if TYPE_CHECKING:
@@ -69,14 +68,8 @@ def _train(
     # Imported here: most users load the model and never train it.
     from attending.zoo.recipes.mdlm_stdlib import MdlmStdlibRecipe, train
 
-    known = [field.name for field in fields(MdlmStdlibRecipe)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"expected settings of the recipe of mdlm-stdlib, got {', '.join(unknown)}; the "
-            f"settings are {', '.join(known)}"
-        )
-    return train(out_dir, MdlmStdlibRecipe(**settings), resume, export_to=export_to)
+    recipe = with_settings(MdlmStdlibRecipe, settings, ENTRY.name)
+    return train(out_dir, recipe, resume, export_to=export_to)
 
 
 def _export(out_dir: Path, path: Path) -> dict[str, Any]:

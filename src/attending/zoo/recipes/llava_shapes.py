@@ -30,12 +30,10 @@ from attending.zoo.recipes.llava_shapes_data import (
     make_tokenizer,
     pixels,
 )
-from attending.zoo.recipes.llava_shapes_trainee import (
-    Trainee,
-    TwoOptimizers,
-    fast_attention,
-)
+from attending.zoo.recipes.llava_shapes_trainee import Trainee
 from attending.zoo.recipes.machine import describe_machine
+from attending.zoo.recipes.training_attention import fast_attention
+from attending.zoo.recipes.two_optimizers import TwoOptimizers, share_of_rate
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -104,9 +102,8 @@ class LlavaShapesRecipe:
     def rate_at(self, step: int) -> float:
         """Share of the full learning rate: linear up, level, linear down."""
         since = step if step < self.vision_steps else step - self.vision_steps
-        rise = (since + 1) / self.warmup_steps
-        fall = (self.steps - step) / max(1.0, self.cooldown * self.steps)
-        return min(1.0, rise, fall)
+        left = self.steps - step
+        return share_of_rate(since, self.warmup_steps, left, self.cooldown * self.steps)
 
 
 def build_model(recipe: LlavaShapesRecipe, tokenizer: Any) -> Any:
@@ -220,19 +217,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         trainee = Trainee(model, recipe.hidden)
-    optimizer = TwoOptimizers(
-        trainee,
-        muon={
-            "lr": recipe.muon_learning_rate,
-            "momentum": recipe.momentum,
-            "weight_decay": recipe.weight_decay,
-        },
-        adamw={
-            "lr": recipe.learning_rate,
-            "betas": (recipe.beta1, recipe.beta2),
-            "weight_decay": 0.0,
-        },
-    )
+    optimizer = TwoOptimizers.of(trainee, recipe)
     state: dict[str, Any] = {
         "step": 0,
         "recipe": asdict(recipe),

@@ -44,10 +44,11 @@ from attending.zoo.recipes.llama_stdlib import (
     check_same,
     load_corpus,
 )
-from attending.zoo.recipes.llava_shapes_trainee import TwoOptimizers, fast_attention
 from attending.zoo.recipes.machine import describe_machine
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import Document, read_documents, split
+from attending.zoo.recipes.training_attention import fast_attention
+from attending.zoo.recipes.two_optimizers import TwoOptimizers, share_of_rate
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -97,9 +98,8 @@ class MdlmStdlibRecipe:
 
     def rate_at(self, step: int) -> float:
         """Share of the full learning rate: linear up, level, linear down."""
-        rise = (step + 1) / self.warmup_steps
-        fall = (self.steps - step) / max(1.0, self.cooldown * self.steps)
-        return min(1.0, rise, fall)
+        left = self.steps - step
+        return share_of_rate(step, self.warmup_steps, left, self.cooldown * self.steps)
 
     def batch_at(self, data: PackedTokens, step: int) -> Int[Tensor, "rows length"]:
         """The rows of one step, ``bos`` first in each: a function of the step alone."""
@@ -296,19 +296,7 @@ def train(
     tokenizer = load_tokenizer()
     data, corpus = load_corpus(tokenizer, training, recipe.seed)
     model = build_model(recipe, tokenizer)
-    optimizer = TwoOptimizers(
-        model,
-        muon={
-            "lr": recipe.muon_learning_rate,
-            "momentum": recipe.momentum,
-            "weight_decay": recipe.weight_decay,
-        },
-        adamw={
-            "lr": recipe.learning_rate,
-            "betas": (recipe.beta1, recipe.beta2),
-            "weight_decay": 0.0,
-        },
-    )
+    optimizer = TwoOptimizers.of(model, recipe)
     state: dict[str, Any] = {
         "step": 0,
         "recipe": asdict(recipe),
