@@ -85,7 +85,9 @@ def block_sparse_attention(
     if query.numel() == 0 or key.numel() == 0 or value.shape[-1] == 0:
         return attend(query, key[:, :, :0], value[:, :, :0], scale=arguments.scale)
     if query.shape[2] * key.shape[2] <= SMALL_MAP:
-        return attend(query, key, value, bias=_as_bias(plan, bias), scale=arguments.scale)
+        hiding, _ = check_mask(plan.visible(), query, key)
+        hiding = hiding if bias is None else hiding + bias
+        return attend(query, key, value, bias=hiding, scale=arguments.scale)
     output, lse = _BlockSparse.apply(  # type: ignore[no-untyped-call]
         query, key, value, plan, bias, arguments.scale
     )
@@ -209,14 +211,6 @@ class _BlockSparse(torch.autograd.Function):
             for total, one in zip(sums[1:], (key, value), strict=True)
         )
         return grad_query, grad_key, grad_value, None, None, None
-
-
-def _as_bias(plan: BlockPlan, bias: Tensor | None) -> Tensor:
-    visible = plan.visible()
-    dtype = torch.float32 if bias is None else bias.dtype
-    hiding = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    hiding = hiding.masked_fill(~visible, -math.inf)
-    return hiding if bias is None else bias + hiding
 
 
 def _check_plan(plan: BlockPlan, query: Tensor, key: Tensor) -> None:
