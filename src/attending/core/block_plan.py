@@ -213,11 +213,17 @@ class BlockPlan:
         return replace(self, block_mask=self.block_mask & self._fitting(other))
 
     @cached_property
-    def density(self) -> float:
-        """Kept blocks over all blocks; under a causal offset over those not in the future."""
+    def counts(self) -> tuple[int, int]:
+        """Kept blocks and all blocks; under a causal offset of those not in the future."""
         able = self._reach != 0
         total = int(able.sum()) * self.block_mask.shape[0] * self.block_mask.shape[1]
-        return float((self.block_mask & able).sum()) / max(total, 1)
+        return int((self.block_mask & able).sum()), total
+
+    @property
+    def density(self) -> float:
+        """Kept blocks over all blocks; under a causal offset over those not in the future."""
+        kept, total = self.counts
+        return kept / max(total, 1)
 
     @cached_property
     def is_dense(self) -> bool:

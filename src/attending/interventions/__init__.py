@@ -14,6 +14,9 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.intervention`: what all of them have in common, and how to write one.
 - `attending.interventions.edit`: `edit_masses`, from groups of keys to an edited call.
 - `attending.interventions.settings`: methods on disk.
+- `attending.interventions.denoising`: which step of a denoising loop a model is in.
+- `attending.interventions.sparse_run`: what the methods that leave out blocks have in common.
+- `attending.interventions.block_sparse`: self-attention over the blocks that a planner chooses.
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
 - `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from attending.interventions.attention_calibration import (
         AttentionCalibration as AttentionCalibration,
     )
+    from attending.interventions.block_sparse import BlockSparse as BlockSparse
+    from attending.interventions.denoising import DenoisingClock as DenoisingClock
+    from attending.interventions.denoising import Moment as Moment
     from attending.interventions.edit import edit_masses as edit_masses
     from attending.interventions.head_selection import select_heads as select_heads
     from attending.interventions.hierarchical_attention import (
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
     from attending.interventions.logit_scaling import LogitScaling as LogitScaling
     from attending.interventions.settings import load_settings as load_settings
     from attending.interventions.settings import save_settings as save_settings
+    from attending.interventions.sparse_run import SparseRun as SparseRun
+    from attending.interventions.sparse_run import sparse_calls as sparse_calls
     from attending.interventions.visual_attention_redistribution import (
         VisualAttentionRedistribution as VisualAttentionRedistribution,
     )
@@ -54,11 +62,15 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AttentionCalibration": "attention_calibration",
+    "BlockSparse": "block_sparse",
+    "DenoisingClock": "denoising",
     "HierarchicalAttention": "hierarchical_attention",
     "Intervention": "intervention",
     "InterventionWarning": "intervention",
     "LogitScaling": "logit_scaling",
+    "Moment": "denoising",
     "Run": "intervention",
+    "SparseRun": "sparse_run",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
     "VisualTokenPruning": "visual_token_pruning",
     "edit_masses": "edit",
@@ -66,6 +78,7 @@ _MODULES = {
     "prune_visual_tokens": "visual_token_pruning",
     "save_settings": "settings",
     "select_heads": "head_selection",
+    "sparse_calls": "sparse_run",
     "with_counters": "intervention",
 }
 

@@ -25,13 +25,14 @@ To write one of your own:
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, runtime_checkable
 
 from torch import nn
+from typing_extensions import TypeVar
 
 from attending.taps import AttentionCall, Handler, Tap, tap
 
@@ -62,7 +63,7 @@ class Run:
     left_alone: Counter[str] = field(default_factory=Counter)
 
     @property
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> Mapping[str, int | float]:
         """The counts, as a plain dictionary."""
         return {
             "calls": self.calls,
@@ -138,17 +139,28 @@ class Intervention(Protocol):
         ...
 
 
-Start = Callable[[Run], Handler]
+RunT = TypeVar("RunT", bound=Run, default=Run)
+
+Start = Callable[[RunT], Handler]
 """Makes the handler of one block. Called on entry, so state in its closure is that of the block."""
 
 
-def with_counters(model: nn.Module, start: Start, *, name: str) -> "Counted":
+def with_counters(
+    model: nn.Module,
+    start: Start[RunT],
+    *,
+    name: str,
+    new_run: Callable[[str], RunT] = Run,  # type: ignore[assignment]
+    around: Callable[[RunT], AbstractContextManager[Any]] | None = None,
+) -> "Counted[RunT]":
     """The context manager of an intervention that works on attention calls.
 
     Args:
         model: whose calls are handled. Names and layers are relative to it.
         start: called on every entry with a fresh `Run`; returns the handler of `attending.tap`.
         name: of the method, for the report.
+        new_run: makes the `Run` from the name, for methods that count more.
+        around: what else is open within the block, such as a clock of steps.
 
     Returns:
         A context manager that yields the `Run`. It can be entered again, also inside itself.
@@ -159,23 +171,32 @@ def with_counters(model: nn.Module, start: Start, *, name: str) -> "Counted":
     Warns:
         InterventionWarning: on exit, if no call was edited.
     """
-    return Counted(model, start, name)
+    return Counted(model, start, name, new_run, around)
 
 
-class Counted(AbstractContextManager[Run]):
+class Counted(AbstractContextManager[RunT], Generic[RunT]):
     """What `with_counters` returns."""
 
-    def __init__(self, model: nn.Module, start: Start, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        start: Start[RunT],
+        name: str,
+        new_run: Callable[[str], RunT],
+        around: Callable[[RunT], AbstractContextManager[Any]] | None,
+    ) -> None:
         self.model = model
-        self._start = start
-        self._name = name
+        self._start, self._name, self._new_run, self._around = start, name, new_run, around
         self._open = threading.local()  # what this thread entered and has not left
 
-    def __enter__(self) -> Run:
-        run = Run(self._name)
-        tapped: Tap[None] = tap(self.model, self._start(run))
-        tapped.__enter__()
-        self._open.blocks = [*getattr(self._open, "blocks", ()), (tapped, run)]
+    def __enter__(self) -> RunT:
+        run = self._new_run(self._name)
+        with ExitStack() as opening:
+            if self._around is not None:
+                opening.enter_context(self._around(run))
+            tapped: Tap[None] = tap(self.model, self._start(run))
+            opening.enter_context(tapped)
+            self._open.blocks = [*getattr(self._open, "blocks", ()), (opening.pop_all(), run)]
         return run
 
     def __exit__(
@@ -188,7 +209,7 @@ class Counted(AbstractContextManager[Run]):
             raise RuntimeError(
                 "this intervention is not open in this thread: leave it where it was entered"
             )
-        tapped, run = self._open.blocks.pop()
-        tapped.__exit__(kind, error, traceback)
+        opened, run = self._open.blocks.pop()
+        opened.__exit__(kind, error, traceback)
         if kind is None:
             run.warn_if_nothing_changed()

@@ -1,9 +1,10 @@
-"""What to leave out: planners that choose which tokens a model gets to see.
+"""What to leave out: planners that choose which tokens a model sees, and which blocks of a map.
 
-Pure functions of features and attention; what acts on their choice lives on the floor above.
+Pure functions of features, attention and grids; what acts on their choice lives on the floor above.
 
 - `attending.sparse.visual_tokens`: which image tokens to keep, by attention, by diversity, or by
   both as AgilePruner does.
 - `attending.sparse.merged_tokens`: fewer image tokens in which the others are merged.
 - `attending.sparse.language_tokens`: which image tokens to keep inside the language model.
+- `attending.sparse.window`: blocks near the diagonal, the plan that every other has to beat.
 """
