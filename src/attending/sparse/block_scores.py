@@ -59,7 +59,6 @@ def block_probabilities(
     return torch.cat([sum_rows(block_shares(lse), height) for lse in slabs], dim=2)
 
 
-@torch.no_grad()
 def block_lse_slabs(
     query: Float[Tensor, "batch heads queries dim"],
     key: Float[Tensor, "batch kv_heads keys dim"],
@@ -73,7 +72,7 @@ def block_lse_slabs(
 
     From these follow the shares of blocks under any softmax that runs over whole blocks, without
     the scores: `block_shares(lse)` over all keys, `block_shares(lse[..., first:])` over the later
-    ones only. Underflow of the part that is left out does not matter.
+    ones only. Underflow of the part that is left out does not matter. No gradient.
 
     Args:
         query, key, block_size, attn_mask, is_causal, scale: as in `block_probabilities`.
@@ -83,6 +82,7 @@ def block_lse_slabs(
         in which a query sees nothing.
     """
     height, width = block_sides(block_size)
+    query, key = query.detach(), key.detach()
     arguments = check_arguments(query, key, None, attn_mask, is_causal, scale, True)
     batch, heads, queries, _ = query.shape
     keys, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -91,7 +91,7 @@ def block_lse_slabs(
     step = height * max(1, fitting)
     for start in range(0, max(queries, 1), step):
         rows = query[:, :, start : start + step].to(dtype)
-        bias = arguments.bias
+        bias = None if arguments.bias is None else arguments.bias.detach()
         if bias is not None and bias.shape[2] > 1:
             bias = bias[:, :, start : start + step]
         if is_causal:
