@@ -21,6 +21,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+    from tests.distributed import Ranks
+
 CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -97,6 +99,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> "Iterator[Ranks]":
+    """Two ranks of a gloo group, started by the first test that runs something in them."""
+    from tests.distributed import Ranks
+
+    with Ranks(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
