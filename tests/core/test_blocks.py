@@ -68,7 +68,7 @@ def planned(draw: st.DrawFn, **kinds) -> tuple[Problem, BlockPlan]:
         -(-keys // size[1]),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    density = draw(st.sampled_from((0.0, 0.2, 0.6, 1.0)))
+    density = draw(st.sampled_from((0.0, 0.2, 0.6, 0.85, 1.0)))
     mask = torch.rand(shape, generator=generator) < density
     plan = BlockPlan.from_block_mask(
         mask,
@@ -91,17 +91,18 @@ def run(problem: Problem, plan: BlockPlan) -> at.AttentionState:
     )
 
 
-@pytest.mark.parametrize("gather", [1, 5000, engine.GATHER_BYTES])
+@pytest.mark.parametrize(
+    ("gather", "masked"),
+    [(1, 2.0), (5000, engine.MASKED_SHARE), (engine.GATHER_BYTES, 2.0), (5000, 0.0)],
+)
 @settings(max_examples=60)
 @given(case=planned())
-def test_is_the_reference(gather: int, case: tuple[Problem, BlockPlan]) -> None:
+def test_is_the_reference(gather: int, masked: float, case: tuple[Problem, BlockPlan]) -> None:
     problem, plan = case
-    before = engine.GATHER_BYTES
-    engine.GATHER_BYTES = gather
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "GATHER_BYTES", gather)
+        patch.setattr(engine, "MASKED_SHARE", masked)
         ours = run(problem, plan)
-    finally:
-        engine.GATHER_BYTES = before
     expected = exact(problem, plan)
     assert_close(ours.output, expected.output, problem.query.dtype)
     assert_close(ours.lse, expected.lse, problem.query.dtype)

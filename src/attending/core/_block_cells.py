@@ -12,6 +12,9 @@ from torch.nn.functional import pad
 from attending.core.block_plan import BlockPlan, RowGroup
 
 GATHER_BYTES = 2**22  # of keys and values gathered for one call of the kernel
+# The share of key blocks from which it is quicker to show a row all keys, and hide some of them by
+# a mask with one row, than to gather those it keeps. A mask of one row costs the kernel 3 %.
+MASKED_SHARE = 0.72
 
 
 class Part(NamedTuple):
@@ -81,15 +84,60 @@ class Cells:
         cells = blocks.view(self.batch, self.heads, -1, blocks.shape[-1])
         return cells[:, :, : self.plan.query_length]
 
-    def parts(self) -> Iterator[Part]:
-        """What the kernel is called on, whole blocks first; each is gone when the next is asked."""
-        whole, cut = self.plan.groups(self.batch, self.heads)
-        for group in whole:
-            yield from self._calls(group, False)
-        for group in cut:
-            yield from self._calls(group, True)
+    def parts(self, may_mask: bool = False) -> Iterator[Part]:
+        """What the kernel is called on, whole blocks first; each is gone when the next is asked.
 
-    def _calls(self, group: RowGroup, is_cut: bool) -> Iterator[Part]:
+        Args:
+            may_mask: whether rows that keep most keys may come with all of them and a mask. That is
+                quicker forward; backward it makes gradients of keys that have none.
+        """
+        whole, cut = self.plan.groups(self.batch, self.heads)
+        masked = []
+        for group in whole:
+            if may_mask and self._masks(group):
+                masked.append(group.rows)
+            else:
+                yield from self._gathered(group, False)
+        if masked:
+            yield from self._masked(torch.cat(masked).sort().values)
+        for group in cut:
+            yield from self._gathered(group, True)
+
+    def _masks(self, group: RowGroup) -> bool:
+        wide = self.bias is None or self.bias.shape[2] == 1
+        return wide and group.blocks.shape[1] >= MASKED_SHARE * self._key_blocks
+
+    def _masked(self, rows: Tensor) -> Iterator[Part]:
+        """Rows that see all keys of their head as they lie, but for those that a mask hides."""
+        width, length = self.plan.block_size[1], self.plan.key_length
+        whole, _ = self.plan.whole_and_cut()
+        whole = whole.expand(self.batch, self.heads, -1, -1).flatten(0, 2)
+        sequence, kv_head = self._home(rows)
+        homes, counts = (sequence * self.kv_heads + kv_head).unique_consecutive(return_counts=True)
+        every = torch.arange(self._key_blocks, device=rows.device)
+        for home, some in zip(homes.tolist(), rows.split(counts.tolist()), strict=True):
+            blocks, places = every.expand(len(some), -1), home * self._key_blocks + every
+            key, value = (
+                one.unflatten(0, (-1, self._key_blocks))[home].flatten(0, 1)[:length]
+                for one in (self.key, self.value)
+            )
+            shown = whole[some].repeat_interleave(width, 1)[:, None, None, :length]
+            bias = torch.zeros(shown.shape, dtype=torch.float32, device=rows.device)
+            bias = bias.masked_fill(~shown, -math.inf)
+            if self.bias is not None:
+                bias = bias + self._bias_of_user(self.bias, some, blocks)[..., :length]
+            yield Part(
+                some,
+                blocks,
+                places.expand(len(some), -1),
+                key.expand(len(some), 1, -1, -1),
+                value.expand(len(some), 1, -1, -1),
+                bias,
+                False,
+                False,
+            )
+
+    def _gathered(self, group: RowGroup, is_cut: bool) -> Iterator[Part]:
         size, kept = self.plan.block_size[1], group.blocks.shape[1]
         row_bytes = kept * size * (self.key.shape[-1] + self.value.shape[-1]) * 4
         step = max(1, GATHER_BYTES // row_bytes)

@@ -273,11 +273,14 @@ class BlockPlan:
         known: dict[tuple[int, int], tuple[list[RowGroup], list[RowGroup]]]
         known = self.__dict__.setdefault("_groups", {})
         if (batch, heads) not in known:
-            mask = self.block_mask.expand(batch, heads, -1, -1)
-            whole, cut = mask & (self._reach == 2), mask & (self._reach == 1)
+            whole, cut = (one.expand(batch, heads, -1, -1) for one in self.whole_and_cut())
             ragged = self.key_length % self.block_size[1] != 0
             known[batch, heads] = _grouped(whole, ragged), _grouped(cut, ragged)
         return known[batch, heads]
+
+    def whole_and_cut(self) -> tuple[Tensor, Tensor]:
+        """The kept blocks, as masks of blocks: those seen as a whole, and those seen in part."""
+        return self.block_mask & (self._reach == 2), self.block_mask & (self._reach == 1)
 
     def _fitting(self, other: "BlockPlan") -> Tensor:
         mine = self.block_size, self.query_length, self.key_length, self.causal_offset

@@ -156,7 +156,7 @@ class _BlockSparse(torch.autograd.Function):
         dtype = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros(*cells.query.shape[:2], value.shape[-1])
         lse = query.new_full(cells.query.shape[:2], -math.inf, dtype=dtype)
-        for part in cells.parts():
+        for part in cells.parts(may_mask=True):
             asked = cells.query[part.rows][:, None]
             found = AttentionState(
                 *fused_attention(asked, part.key, part.value, part.bias, part.is_causal, scale)
