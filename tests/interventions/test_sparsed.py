@@ -10,8 +10,7 @@ from torch import Tensor
 
 import attending as at
 from attending.diffusion import sample_masked_text
-from attending.interventions import InterventionWarning, load_settings, save_settings
-from attending.interventions.sparsed import SparseD
+from attending.interventions import InterventionWarning, SparseD, load_settings, save_settings
 from attending.sparse.sparsed import sparsed_mask
 from attending.taps import AttentionCall, Proceed
 

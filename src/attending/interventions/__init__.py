@@ -17,6 +17,7 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.denoising`: which step of a denoising loop a model is in.
 - `attending.interventions.sparse_run`: what the methods that leave out blocks have in common.
 - `attending.interventions.block_sparse`: self-attention over the blocks that a planner chooses.
+- `attending.interventions.sparsed`: blocks chosen once in a denoising loop and reused (SparseD).
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
 - `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from attending.interventions.settings import save_settings as save_settings
     from attending.interventions.sparse_run import SparseRun as SparseRun
     from attending.interventions.sparse_run import sparse_calls as sparse_calls
+    from attending.interventions.sparsed import SparseD as SparseD
     from attending.interventions.visual_attention_redistribution import (
         VisualAttentionRedistribution as VisualAttentionRedistribution,
     )
@@ -70,6 +72,7 @@ _MODULES = {
     "LogitScaling": "logit_scaling",
     "Moment": "denoising",
     "Run": "intervention",
+    "SparseD": "sparsed",
     "SparseRun": "sparse_run",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
     "VisualTokenPruning": "visual_token_pruning",

@@ -11,7 +11,7 @@ matter most; so those stay dense, the last of them chooses, and the others are s
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from attending.sparse.sparsed import check_select, sparsed_plan
 from attending.taps import AttentionCall, Handler, Proceed
 
 
+@runtime_checkable
 class SamplerStep(Protocol):
     """What a sampler says of the step that it is about to make; `UnmaskingStep` is one."""
 
