@@ -12,7 +12,7 @@ whole, so that it keeps nothing but those.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attending.core._block_cells import Cells
+from attending.core._flex import flex_attention_over
 from attending.core.block_plan import BlockPlan
 from attending.core.check import check_arguments, check_mask
 from attending.core.kernels import fused_attention
 from attending.core.partial_gradients import partial_gradients
 from attending.core.precision import full_precision
 from attending.core.state import AttentionState, attend, merge
+
+Backend = Literal["auto", "gather", "flex"]
 
 SMALL_MAP = 512 * 512  # queries x keys up to which a mask costs less than gathering does
 
@@ -51,6 +54,7 @@ def block_sparse_attention(
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
+    backend: Backend = "auto",
 ) -> AttentionState:
     """The state of each query over the keys in the blocks that the plan keeps.
 
@@ -63,6 +67,10 @@ def block_sparse_attention(
         bias: boolean (True = visible) or float, broadcasts to `[batch, heads, queries, keys]`, for
             what differs within blocks: padding as `[batch, 1, 1, keys]`. It has no gradient here.
         scale: of the scores; `dim ** -0.5` by default.
+        backend: "gather" runs PyTorch's fused kernels on gathered blocks, on any device. "flex"
+            runs `flex_attention`, which is one compiled kernel on CUDA, for plans and dims that it
+            takes, and the whole map elsewhere. "auto" is "gather": which of the two is faster on a
+            GPU was not measured yet (`benchmarks/sparse.py` on one would tell).
 
     Returns:
         The state; output 0 and lse -inf for a query that sees no key.
@@ -72,6 +80,8 @@ def block_sparse_attention(
     """
     arguments = check_arguments(query, key, value, None, False, scale, True)
     _check_plan(plan, query, key)
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {get_args(Backend)}, got {backend!r}.")
     if bias is not None:
         if bias.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -84,6 +94,8 @@ def block_sparse_attention(
         return attend(query, key, value, bias=bias, is_causal=causal, scale=arguments.scale)
     if query.numel() == 0 or key.numel() == 0 or value.shape[-1] == 0:
         return attend(query, key[:, :, :0], value[:, :, :0], scale=arguments.scale)
+    if backend == "flex":
+        return AttentionState(*flex_attention_over(query, key, value, plan, bias, arguments.scale))
     if query.shape[2] * key.shape[2] <= SMALL_MAP:
         hiding, _ = check_mask(plan.visible(), query, key)
         hiding = hiding if bias is None else hiding + bias
