@@ -14,14 +14,14 @@ from torch import Tensor
 from attending.core.blocks import block_sparse_attention
 from attending.sparse import _window_tiles as tiles
 from attending.sparse import circular_window as circles
+from attending.sparse._grid_window import window_shape
 from attending.sparse.circular_window import (
     circular_window_attention,
     circular_window_mask,
-    circular_window_plan,
     log_length_scale,
     pool_tokens,
-    square_tile_order,
 )
+from attending.sparse.square_tiles import circular_window_plan, square_tile_order
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "clear"
 KERNELS = pytest.mark.parametrize("small_map", [0, 512 * 512], ids=["tiles", "mask"])
@@ -216,6 +216,9 @@ def test_mask_is_the_definition_and_symmetric(case: tuple[tuple, dict]) -> None:
     assert torch.equal(mask, naive_mask(grid, radius, **options))
     square = mask[:, : len(mask)]
     assert torch.equal(square, square.mT)
+    shape, window = window_shape(grid, radius, options["frame_radius"])
+    alone = circular_window_mask(grid, radius, frame_radius=options["frame_radius"])
+    assert circles.window_entries(shape, window) == int(alone.sum())
 
 
 @settings(max_examples=30)
@@ -294,8 +297,6 @@ def test_plan_has_the_blocks_of_the_mask(
 
 
 def test_tiles_of_a_large_image_are_few_kinds() -> None:
-    from attending.sparse._grid_window import window_shape
-
     shape, window = window_shape((64, 64), 8, None)
     kinds = tiles.tile_kinds(shape, window, (1, 8, 8), shape, (0, 0, 0))
     assert len(kinds) == 9

@@ -18,6 +18,7 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.sparse_run`: what the methods that leave out blocks have in common.
 - `attending.interventions.block_sparse`: self-attention over the blocks that a planner chooses.
 - `attending.interventions.sparsed`: blocks chosen once in a denoising loop and reused (SparseD).
+- `attending.interventions.circular_window`: image tokens look at a circle around them (CLEAR).
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
 - `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         AttentionCalibration as AttentionCalibration,
     )
     from attending.interventions.block_sparse import BlockSparse as BlockSparse
+    from attending.interventions.circular_window import CircularWindow as CircularWindow
     from attending.interventions.denoising import DenoisingClock as DenoisingClock
     from attending.interventions.denoising import Moment as Moment
     from attending.interventions.edit import edit_masses as edit_masses
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AttentionCalibration": "attention_calibration",
     "BlockSparse": "block_sparse",
+    "CircularWindow": "circular_window",
     "DenoisingClock": "denoising",
     "HierarchicalAttention": "hierarchical_attention",
     "Intervention": "intervention",

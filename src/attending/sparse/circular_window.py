@@ -32,10 +32,9 @@ import math
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attending.core.block_plan import BlockPlan
 from attending.core.blocks import SMALL_MAP
 from attending.core.check import check_arguments
 from attending.core.state import AttentionState, attend, merge
@@ -45,7 +44,6 @@ from attending.sparse._grid_window import (
     Window,
     check_factor,
     check_length,
-    check_tile,
     window_shape,
 )
 from attending.sparse._window_tiles import tile_kinds, window_state
@@ -183,68 +181,6 @@ def circular_window_mask(
     return torch.cat([mask, is_image[:, None].expand(-1, pooled)], 1)
 
 
-def circular_window_plan(
-    grid: Grid,
-    radius: float,
-    *,
-    frame_radius: int | None = None,
-    tile: int = TILE,
-    device: torch.device | str | None = None,
-) -> BlockPlan:
-    """The blocks that the window touches, for image tokens in the order of `square_tile_order`.
-
-        order = square_tile_order(grid, tile)
-        plan = circular_window_plan(grid, radius, tile=tile)
-        mask = circular_window_mask(grid, radius)[order][:, order]
-        state = block_sparse_attention(*(one[:, :, order] for one in (q, k, v)), plan, bias=mask)
-        output = state.output[:, :, order.argsort()]
-
-    With the mask as `bias` that is exactly the window, at the cost of a mask of the size of the
-    map; without it, a window of whole tiles, a little larger. Row by row, as tokens usually lie, a
-    circle touches many more blocks of the same size.
-
-    Args:
-        grid, radius, frame_radius: as in `circular_window_attention`.
-        tile: rows and columns of a tile; a block is a tile, so it has to divide height and width.
-        device: of the plan.
-
-    Raises:
-        ValueError: for tiles that do not fill the grid.
-    """
-    shape, window = window_shape(grid, radius, frame_radius)
-    check_tile(shape, tile)
-    frames, rows, columns = shape[0], shape[1] // tile, shape[2] // tile
-    number = torch.arange(frames * rows * columns, device=device)
-    place = (number // (rows * columns), number // columns % rows, number % columns)
-    apart = [(one[:, None] - one).abs() for one in place]
-    # The nearest tokens of two tiles are one tile less apart, and one token.
-    gaps = [(one * tile - (tile - 1)).clamp_min(0) for one in apart[1:]]
-    return BlockPlan.from_block_mask(
-        window.sees(apart[0], *gaps),
-        block_size=tile**2,
-        query_length=math.prod(shape),
-        key_length=math.prod(shape),
-    )
-
-
-def square_tile_order(grid: Grid, tile: int = TILE) -> Int[Tensor, " tokens"]:
-    """The numbers of the tokens of a grid, tile after tile, so that neighbours come together.
-
-    `tensor[:, :, order]` goes there, `tensor[:, :, order.argsort()]` back. Tiles lie row by row
-    within a frame, and so do the tokens within a tile.
-
-    Args:
-        grid: as in `circular_window_attention`.
-        tile: rows and columns of a tile. It has to divide height and width.
-    """
-    shape, _ = window_shape(grid, 1.0, None)
-    check_tile(shape, tile)
-    frames, height, width = shape
-    tokens = torch.arange(frames * height * width)
-    cut = tokens.view(frames, height // tile, tile, width // tile, tile)
-    return cut.transpose(2, 3).flatten()
-
-
 def pool_tokens(
     tokens: Float[Tensor, "batch heads tokens dim"],
     grid: Grid,
@@ -305,6 +241,19 @@ def log_length_scale(
             f"{dim}, {factor} * {key_length} and {base_length}."
         )
     return math.sqrt(math.log(factor * key_length) / math.log(base_length) / dim)
+
+
+@lru_cache(maxsize=64)
+def window_entries(grid: Shape, window: Window) -> int:
+    """How many pairs of grid tokens see each other: the entries of the mask."""
+    frames, rows, columns = (torch.arange(1 - size, size) for size in grid)
+    sees = window.sees(frames[:, None, None], rows[:, None], columns)
+    pairs = (
+        (grid[0] - frames.abs())[:, None, None]
+        * (grid[1] - rows.abs())[:, None]
+        * (grid[2] - columns.abs())
+    )
+    return int((sees * pairs).sum())
 
 
 @lru_cache(maxsize=16)
