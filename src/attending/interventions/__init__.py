@@ -18,6 +18,7 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.sparse_run`: what the methods that leave out blocks have in common.
 - `attending.interventions.block_sparse`: self-attention over the blocks that a planner chooses.
 - `attending.interventions.sparsed`: blocks chosen once in a denoising loop and reused (SparseD).
+- `attending.interventions.rectified_attention`: a few blocks, the rest estimated from pooled ones.
 - `attending.interventions.circular_window`: image tokens look at a circle around them (CLEAR).
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from attending.interventions.intervention import Run as Run
     from attending.interventions.intervention import with_counters as with_counters
     from attending.interventions.logit_scaling import LogitScaling as LogitScaling
+    from attending.interventions.rectified_attention import RectifiedAttention as RectifiedAttention
     from attending.interventions.settings import load_settings as load_settings
     from attending.interventions.settings import save_settings as save_settings
     from attending.interventions.sparse_run import SparseRun as SparseRun
@@ -74,6 +76,7 @@ _MODULES = {
     "InterventionWarning": "intervention",
     "LogitScaling": "logit_scaling",
     "Moment": "denoising",
+    "RectifiedAttention": "rectified_attention",
     "Run": "intervention",
     "SparseD": "sparsed",
     "SparseRun": "sparse_run",
