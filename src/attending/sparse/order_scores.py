@@ -1,0 +1,257 @@
+"""How blocky an attention map is in each order of its tokens.
+
+    found = order_statistics(query, key, grid=(8, 16, 16), block_size=64)
+    sparsity, quantisation = found.sparsity(0.9), found.quantisation()     # [batch, heads, orders]
+    order = combined_score(sparsity, quantisation).argmin(-1)              # one for each head
+
+For each order of the grid the map is made again, a few rows of blocks at a time, and only numbers
+of its blocks are kept: the N x N map is never there as a whole. Time is that of the scores of dense
+attention and of four passes over them, for each order.
+
+Source: PAROAttention (Zhao et al., arXiv 2506.16054), calibration. That step is not in the authors'
+code; the formulas come from detailed accounts of the paper's source [3rd]. Blocks b x b of the map
+P after reordering, k of them along each side:
+
+    M_sparse = mean over blocks of [share of cells with P < eps is at least sigma]
+    M_quant  = mean over blocks of max(P) / mean(P)
+
+Large M_sparse and small M_quant are good. Decided here, as nothing is known of it: blocks at the
+end that are shorter count with the cells that they have; blocks that hold text tokens are not
+scored, as no order moves those; a block of nothing but zeros has max / mean = 1, like every other
+constant block.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attending.core.check import check_arguments, check_mask
+from attending.core.precision import full_precision
+from attending.sparse.axis_order import (
+    axis_orders,
+    head_token_index,
+    permute_key_bias,
+    permute_tokens,
+)
+from attending.sparse.block_scores import SLAB_SCORES
+from attending.sparse.static_mask import blocks_without_text
+
+
+class OrderStatistics(NamedTuple):
+    """What the blocks of a map hold, in each order of the grid. Blocks with text are left out.
+
+    Attributes:
+        below: the share of cells under eps, of each block.
+        maximum: the largest probability of each block.
+        mean: the mean probability of each block.
+    """
+
+    below: Float[Tensor, "batch heads orders query_blocks key_blocks"]
+    maximum: Float[Tensor, "batch heads orders query_blocks key_blocks"]
+    mean: Float[Tensor, "batch heads orders query_blocks key_blocks"]
+
+    def sparsity(self, sigma: float = 0.9) -> Float[Tensor, "batch heads orders"]:
+        """M_sparse: the share of blocks of which at least `sigma` is under eps; large is good."""
+        if not 0 < sigma <= 1:
+            raise ValueError(f"sigma: expected a share of a block, 0 < sigma <= 1, got {sigma}.")
+        return (self.below >= sigma).to(self.below.dtype).mean((-1, -2))
+
+    def quantisation(self) -> Float[Tensor, "batch heads orders"]:
+        """M_quant: max over mean of a block, averaged over blocks; at least 1, small is good."""
+        peak = self.maximum / self.mean
+        return torch.where(self.mean > 0, peak, torch.ones_like(peak)).mean((-1, -2))
+
+
+@torch.no_grad()
+@full_precision
+def order_statistics(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch kv_heads tokens dim"],
+    grid: Sequence[int],
+    *,
+    block_size: int = 64,
+    eps: float = 1e-3,
+    text_tokens: int = 0,
+    text_first: bool = True,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> OrderStatistics:
+    """Statistics of `softmax(scale * query @ key.T)`, from query and key, in every order.
+
+    Args:
+        query, key: with positions in them (after rotary embeddings), in the order of the model;
+            query heads may share key heads.
+        grid: tokens along each axis, as (frames, height, width) or (height, width).
+        block_size: tokens along each side of a block.
+        eps: probabilities under it count as nothing. It does not know N: in a map of N keys the
+            mean is 1 / N, so lower it for long sequences.
+        text_tokens, text_first: tokens outside the grid, see `axis_order.token_index`. They take
+            part in the softmax.
+        bias: of keys, boolean (True = visible) or float, `[batch, heads, 1, tokens]`: padding.
+        scale: of the scores; `dim ** -0.5` by default.
+
+    Raises:
+        ValueError: for arguments that do not fit together; the message names the argument.
+    """
+    arguments = check_arguments(query, key, None, None, False, scale, True)
+    groups = query.shape[1] // key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype) * arguments.scale, key.to(dtype)
+    bias = None if bias is None else check_mask(bias, query, key)[0]
+
+    def rows(index: Tensor, start: int, stop: int) -> Tensor:
+        asked = permute_tokens(query, index)[:, :, start:stop]
+        columns = permute_tokens(key, index).repeat_interleave(groups, 1)
+        scores = asked @ columns.mT
+        return torch.softmax(
+            scores if bias is None else scores + permute_key_bias(bias, index), -1
+        ).nan_to_num(0.0)  # of queries that see nothing
+
+    size = query.shape[0] * query.shape[1]
+    return _statistics(
+        rows, query.shape[2], size, grid, block_size, eps, text_tokens, text_first, query.device
+    )
+
+
+@torch.no_grad()
+def order_statistics_of_map(
+    attention: Float[Tensor, "batch heads tokens tokens"],
+    grid: Sequence[int],
+    *,
+    block_size: int = 64,
+    eps: float = 1e-3,
+    text_tokens: int = 0,
+    text_first: bool = True,
+) -> OrderStatistics:
+    """The same of a map that is at hand, in the order of the model.
+
+    Args:
+        attention: probabilities after the softmax.
+        grid, block_size, eps, text_tokens, text_first: as in `order_statistics`.
+
+    Raises:
+        ValueError: for arguments that do not fit together; the message names the argument.
+    """
+    if attention.dim() != 4 or attention.shape[2] != attention.shape[3]:
+        raise ValueError(
+            f"attention: expected maps [batch, heads, tokens, tokens], got {list(attention.shape)}."
+        )
+
+    def rows(index: Tensor, start: int, stop: int) -> Tensor:
+        return attention[:, :, index[0, start:stop]][..., index[0]]
+
+    size = attention.shape[0] * attention.shape[1]
+    return _statistics(
+        rows,
+        attention.shape[2],
+        size,
+        grid,
+        block_size,
+        eps,
+        text_tokens,
+        text_first,
+        attention.device,
+    )
+
+
+def combined_score(
+    sparsity: Float[Tensor, "*batch orders"],
+    quantisation: Float[Tensor, "*batch orders"],
+    *,
+    alpha: float = 0.5,
+    literal: bool = False,
+) -> Float[Tensor, "*batch orders"]:
+    """One number for each order; the smallest is the one to take.
+
+        score = alpha * (1 - sparsity) / sum(1 - sparsity)
+                + (1 - alpha) * quantisation / sum(quantisation)
+
+    with sums over the orders. The paper writes `sparsity` where this has `1 - sparsity`, and says
+    to take the minimum: taken literally that prefers the order with the fewest empty blocks, and at
+    alpha = 1 it takes the worst. So the default is corrected [inferred].
+
+    Args:
+        sparsity: M_sparse, from `OrderStatistics.sparsity`.
+        quantisation: M_quant, from `OrderStatistics.quantisation`.
+        alpha: weight of sparsity, 0 to 1; the paper does not give its own.
+        literal: the paper's formula as it is written.
+
+    Raises:
+        ValueError: for an alpha outside of 0 to 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a weight from 0 to 1, got {alpha}.")
+    first = _shares(sparsity if literal else 1 - sparsity)
+    return alpha * first + (1 - alpha) * _shares(quantisation)
+
+
+def _shares(numbers: Tensor) -> Tensor:
+    total = numbers.sum(-1, keepdim=True)
+    return torch.where(total > 0, numbers / total, torch.zeros_like(numbers))
+
+
+def _statistics(
+    rows: Callable[[Tensor, int, int], Tensor],
+    tokens: int,
+    maps: int,
+    grid: Sequence[int],
+    block_size: int,
+    eps: float,
+    text_tokens: int,
+    text_first: bool,
+    device: torch.device,
+) -> OrderStatistics:
+    """Each order in turn, in slabs of whole rows of blocks."""
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1 token, got {block_size}.")
+    first, last = blocks_without_text(tokens, block_size, text_tokens, text_first)
+    if first >= last:
+        raise ValueError(
+            f"block_size: expected blocks of which at least one holds no text, got {block_size} "
+            f"for {tokens} tokens of which {text_tokens} are text. Take smaller blocks."
+        )
+    found: list[list[Tensor]] = []
+    for order in axis_orders(grid):
+        index = head_token_index(
+            grid, [order], text_tokens=text_tokens, text_first=text_first, device=device
+        )
+        if index.shape[1] != tokens:
+            raise ValueError(
+                f"grid: expected one of {tokens - text_tokens} tokens, since there are {tokens} of "
+                f"which {text_tokens} are text, got {tuple(grid)}."
+            )
+        step = block_size * max(1, SLAB_SCORES // max(1, maps * block_size * tokens))
+        slabs: list[tuple[Tensor, ...]] = []
+        for start in range(first * block_size, min(last * block_size, tokens), step):
+            stop = min(start + step, last * block_size, tokens)
+            slab = rows(index, start, stop)[..., first * block_size : last * block_size]
+            slabs.append(tuple(_of_blocks(slab, block_size, eps)))
+        found.append([torch.cat(part, -2) for part in zip(*slabs, strict=True)])
+    return OrderStatistics(*(torch.stack(part, 2) for part in zip(*found, strict=True)))
+
+
+def _of_blocks(slab: Tensor, size: int, eps: float) -> Iterator[Tensor]:
+    """Of each block of some rows the share of cells below eps, the maximum and the mean."""
+    height, width = slab.shape[-2:]
+    room = (0, -width % size, 0, -height % size)
+    cells = _cells(height, size, slab)[:, None] * _cells(width, size, slab)
+    small = pad((slab < eps).to(slab.dtype), room)
+    filled = pad(slab, room)  # probabilities: a zero changes neither sum nor maximum
+
+    def blocks(values: Tensor) -> Tensor:
+        cut: Tensor = values.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+        return cut
+
+    yield blocks(small).sum((-1, -3)) / cells
+    yield blocks(filled).amax((-1, -3))
+    yield blocks(filled).sum((-1, -3)) / cells
+
+
+def _cells(length: int, size: int, like: Tensor) -> Tensor:
+    """How many of a block's rows or columns there are, for each block."""
+    ends = torch.arange(size, length + size, size, device=like.device).clamp_max(length)
+    return torch.diff(ends, prepend=ends.new_zeros(1)).to(like.dtype)
