@@ -5,6 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+# What the names of the matrices inside a model have in common.
+INNER = (".layers.", ".blocks.", "multi_modal_projector")
+
 
 class Settings(Protocol):
     """What a recipe says of both."""
@@ -53,7 +56,7 @@ def share_of_rate(since: int, warmup_steps: int, left: int, cooldown_steps: floa
 
 
 class TwoOptimizers:
-    """Muon for the matrices of the layers and the projector, AdamW for everything else.
+    """Muon for the matrices of layers, blocks and projector, AdamW for all else trained.
 
     Muon turns the momentum of a matrix into the nearest matrix with equal singular values before
     it takes the step; its rate is scaled so that a step is as large as one of AdamW.  State and
@@ -64,7 +67,9 @@ class TwoOptimizers:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
-            inner = ".layers." in name or "multi_modal_projector" in name
+            if not parameter.requires_grad:
+                continue
+            inner = any(part in name for part in INNER)
             (matrices if inner and parameter.ndim == 2 else others).append(parameter)
         self.muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **muon)
         self.adamw = torch.optim.AdamW(others, fused=True, **adamw)
