@@ -10,8 +10,8 @@ import attending as at
 from attending.interventions.intervention import InterventionWarning
 from attending.interventions.rectified_attention import RectifiedAttention
 from attending.interventions.settings import load_settings, save_settings
-from attending.interventions.token_grid import GridWatch
 from attending.sparse.curve_order import block_neighbors, gilbert_order
+from attending.sparse.image_tokens import ImageTokens, read_image_tokens
 from attending.sparse.rectified import rectified_block_sparse_attention
 
 diffusers = pytest.importorskip("diffusers")
@@ -334,35 +334,27 @@ def test_half_precision_and_gradients(wan) -> None:
     assert (half - full).norm() < 0.2 * full.norm()
 
 
-def test_the_grid_is_seen(wan, sd3, flux) -> None:
-    for transformer, call, batch, grid in (
-        (wan, denoise, 1, GRID),
-        (sd3, paint, 2, (1, 4, 6)),
-        (flux, paint_flux, 1, (1, 4, 6)),
+def test_the_grid_is_read(wan, sd3, flux, hunyuan) -> None:
+    for transformer, call, tokens in (
+        (wan, denoise, ImageTokens(GRID, None)),
+        (sd3, paint, ImageTokens((4, 6), False)),
+        (flux, paint_flux, ImageTokens((4, 6), True)),
+        (hunyuan, film, ImageTokens(GRID, False)),
     ):
-        with GridWatch(transformer) as watch:
-            assert watch.grid(batch) is None
+        with RectifiedAttention(block_size=8, **ALWAYS)(transformer) as run:
             call(transformer)
-            assert watch.grid(batch) == grid
+        assert run.tokens == tokens
 
 
-def test_the_grid_of_arguments_and_of_frames() -> None:
-    class Frames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Conv2d(3, 4, 2, stride=2)
+def test_other_ways_to_tell_the_grid() -> None:
+    class CogVideoXTransformer3DModel(nn.Module):
+        class config:
+            patch_size, patch_size_t = 2, None
 
-        def forward(self, frames, num_frames=None, height=None, width=None) -> Tensor:
-            return self.proj(frames)
-
-    model = Frames()
-    with GridWatch(model) as watch:
-        model(noise(2 * 5, 3, 4, 6))
-        assert watch.grid(2) == (5, 2, 3)
-        model(noise(2 * 5, 3, 4, 6), 7, height=8, width=9)
-        assert watch.grid(2) == (7, 8, 9)
-        model(noise(1, 3, 4, 6))
-        assert watch.grid(1) == (1, 2, 3)
+    video = {"hidden_states": noise(1, 5, 4, 6, 8)}  # frames before channels
+    assert read_image_tokens(CogVideoXTransformer3DModel(), video) == ImageTokens((5, 3, 4), True)
+    told = {"hidden_states": noise(1, 24, 4), "num_frames": 2, "height": 3, "width": 4}
+    assert read_image_tokens(nn.Identity(), told) == ImageTokens((2, 3, 4), None)
 
 
 def test_a_grid_that_is_given_or_cannot_be_known(wan) -> None:
@@ -373,7 +365,7 @@ def test_a_grid_that_is_given_or_cannot_be_known(wan) -> None:
         with RectifiedAttention(block_size=4, **settings, **ALWAYS)(part), torch.no_grad():
             return part(states)
 
-    with pytest.raises(ValueError, match=r"^grid: expected the tokens along time"):
+    with pytest.raises(ValueError, match=r"^grid: expected"):
         attend()
     assert attend(grid=(4, 6)).shape == states.shape
     with pytest.raises(ValueError, match=r"^text_first: expected True or False"):

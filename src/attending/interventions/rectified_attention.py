@@ -1,8 +1,8 @@
 """Rectified SpaAttn in a running image or video transformer, without training."""
 
-import math
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ from attending.core.masks import mask_parts
 from attending.interventions.denoising import DenoisingClock
 from attending.interventions.intervention import Counted, with_counters
 from attending.interventions.sparse_run import SparseRun, plan_of_call
-from attending.interventions.token_grid import Grid, GridWatch
 from attending.sparse.curve_order import block_neighbors, gilbert_order, row_order
+from attending.sparse.image_tokens import ImageTokens, read_image_tokens
 from attending.sparse.rectified import (
     RECTIFY,
     Rectify,
@@ -23,14 +23,7 @@ from attending.sparse.rectified import (
     rectification,
 )
 from attending.taps import AttentionCall, Handler, Proceed
-
-TEXT_FIRST = {
-    "CogVideoXTransformer3DModel": True,
-    "FluxTransformer2DModel": True,
-    "HunyuanVideoTransformer3DModel": False,
-    "SD3Transformer2DModel": False,
-}
-"""Whether models of diffusers that keep text in the same sequence put it before the picture."""
+from attending.taps.where import arguments_of
 
 
 @dataclass(frozen=True)
@@ -59,8 +52,8 @@ class RectifiedAttention:
     be rewritten, at the cost of four copies.
 
     Attributes:
-        grid: tokens along time, height and width (height and width for a picture); None to see it
-            in the model's patches, see `attending.interventions.token_grid`.
+        grid: tokens along time, height and width (height and width for a picture); None to read it
+            from what the model is called on, see `attending.sparse.image_tokens`.
         block_size: tokens in a block.
         drop: share of the blocks of a row that may be dropped: `int((1 - drop) * blocks)` are kept
             at least.
@@ -75,14 +68,14 @@ class RectifiedAttention:
             for Wan: the first `blocks // frames` ones.
         zero_padded: pool a last block that is shorter as the official code does.
         text_first: of models with text in the same sequence, whether it precedes the picture; None
-            for those that are known (`TEXT_FIRST`).
+            for those that `image_tokens` knows.
 
     Raises:
         ValueError: for settings out of range; within the block, where the grid or the place of
             text cannot be known.
     """
 
-    grid: tuple[int, ...] | None = None
+    grid: tuple[int, int] | tuple[int, int, int] | None = None
     block_size: int = 128
     drop: float = 0.75
     top_p: float | None = 0.3
@@ -130,26 +123,56 @@ class RectifiedAttention:
 
             return attend
 
-        def new_run(name: str) -> RectifiedRun:
-            return RectifiedRun(name, clock=DenoisingClock(model), watch=GridWatch(model))
+        @contextmanager
+        def around(run: RectifiedRun) -> Iterator[None]:
+            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                run.tokens = self._tokens(module, args, kwargs)
 
-        return with_counters(model, start, name="RectifiedAttention", new_run=new_run, around=_open)
+            hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+            with run.clock:
+                try:
+                    yield
+                finally:
+                    hook.remove()
+
+        return with_counters(
+            model,
+            start,
+            name="RectifiedAttention",
+            new_run=lambda name: RectifiedRun(name, clock=DenoisingClock(model)),
+            around=around,
+        )
+
+    def _tokens(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ImageTokens:
+        """Where the tokens are in a call of the model: as set, else as its inputs tell."""
+        if self.grid is not None:
+            return ImageTokens(self.grid, self.text_first)
+        found = read_image_tokens(model, arguments_of(model, args, kwargs))
+        return found if self.text_first is None else replace(found, text_first=self.text_first)
 
     def _attend(self, run: "RectifiedRun", call: AttentionCall, proceed: Proceed) -> Tensor:
         if call.query_length != call.key_length:
             return run.dense(call, proceed, "its keys are not those of its queries")
         if call.is_causal:
             return run.dense(call, proceed, "it is causal")
-        grid = self._grid(run.watch, call)
-        text_length = call.key_length - math.prod(grid)
+        tokens = run.tokens
+        if tokens is None:
+            raise RuntimeError(f"the model that RectifiedAttention was given did not run {call!r}")
+        text_length = tokens.text_length(call.key_length)
         if text_length < 0:
             return run.dense(call, proceed, "it has fewer tokens than the grid")
         if call.layer is not None and call.layer < self.dense_layers:
             return run.dense(call, proceed, "the first layers are dense")
         if run.clock.now().step < self.dense_steps:
             return run.dense(call, proceed, "the first steps are dense")
-        text_first = bool(text_length) and self._text_first(run.watch.model, call, text_length)
-        layout = run.layout(self, grid, text_length, text_first, call.query.device)
+        if text_length and tokens.text_first is None:
+            raise ValueError(
+                f"text_first: expected True or False, as {call!r} has {text_length} tokens beside "
+                f"the grid {tokens.grid}; got None. If there is no text, the grid is wrong."
+            )
+        layout = run.layout(self, tokens, text_length, call.query.device)
         visible = None
         if call.attn_mask is not None:
             mask = call.attn_mask.reshape((1,) * (4 - call.attn_mask.dim()) + call.attn_mask.shape)
@@ -182,27 +205,6 @@ class RectifiedAttention:
         output = apply_rectification(query, key, value, found, text_mask=visible, scale=call.scale)
         return output.index_select(2, layout.backward)
 
-    def _grid(self, watch: GridWatch, call: AttentionCall) -> Grid:
-        grid = watch.grid(call.query.shape[0]) if self.grid is None else self.grid
-        if grid is None:
-            raise ValueError(
-                "grid: expected the tokens along time, height and width, as "
-                f"{type(watch.model).__name__} does not show how it makes tokens; got None. Give "
-                "RectifiedAttention(grid=(frames, height, width)), in tokens."
-            )
-        return (1, *grid) if len(grid) == 2 else grid  # type: ignore[return-value]
-
-    def _text_first(self, model: nn.Module, call: AttentionCall, text_length: int) -> bool:
-        known = TEXT_FIRST.get(type(model).__name__)
-        known = known if self.text_first is None else self.text_first
-        if known is None:
-            raise ValueError(
-                f"text_first: expected True or False, as {text_length} tokens of {call!r} are not "
-                f"of the grid, and where {type(model).__name__} puts text is not known; got None. "
-                "If there is no text, the grid is wrong."
-            )
-        return known
-
 
 class _Layout(NamedTuple):
     """Where tokens go: the picture along the curve, then text."""
@@ -210,7 +212,7 @@ class _Layout(NamedTuple):
     forward: Tensor
     backward: Tensor
     blocks: int
-    neighbors: Tensor | None
+    neighbors: Tensor
 
 
 @dataclass(eq=False, kw_only=True)
@@ -218,48 +220,42 @@ class RectifiedRun(SparseRun):
     """What `RectifiedAttention` left out within one `with` block.
 
     Attributes:
-        watch: of the grid of tokens.
+        tokens: where they are in the call of the model that is running.
         layouts: the orders of tokens that were used.
     """
 
-    watch: GridWatch
+    tokens: ImageTokens | None = None
     layouts: dict[tuple[Any, ...], _Layout] = field(default_factory=dict, repr=False)
 
     def layout(
         self,
         method: RectifiedAttention,
-        grid: Grid,
+        tokens: ImageTokens,
         text_length: int,
-        text_first: bool,
         device: torch.device,
     ) -> _Layout:
         """Made once for each grid and length of text."""
-        key = (grid, text_length, text_first, device)
+        key = (tokens, text_length, device)
         if key not in self.layouts:
-            order = (gilbert_order if method.reorder else row_order)(*grid)
-            tokens = len(order.forward)
-            lead = text_length if text_first else 0
-            text = torch.arange(text_length) + (0 if text_first else tokens)
-            forward = torch.cat([order.forward + lead, text])
-            blocks = -(-tokens // method.block_size)
+            frames, height, width = (1,) * (3 - len(tokens.grid)) + tuple(tokens.grid)
+            order = (gilbert_order if method.reorder else row_order)(frames, height, width)
+            image = len(order.forward)
+            text = torch.arange(text_length)
+            if tokens.text_first:
+                forward = torch.cat([order.forward + text_length, text])
+            else:
+                forward = torch.cat([order.forward, text + image])
+            blocks = -(-image // method.block_size)
             near = torch.zeros(blocks, blocks, dtype=torch.bool)
             if method.neighbors:
                 near = block_neighbors(order, method.block_size)
             if method.first_frame:
-                corner = blocks // grid[0]
+                corner = blocks // frames
                 near[:corner, :corner] = True
             self.layouts[key] = _Layout(
                 forward.to(device), forward.argsort().to(device), blocks, near.to(device)
             )
         return self.layouts[key]
-
-
-def _open(run: RectifiedRun) -> AbstractContextManager[Any]:
-    """The clock and the watch, open together."""
-    with ExitStack() as stack:
-        stack.enter_context(run.clock)
-        stack.enter_context(run.watch)
-        return stack.pop_all()
 
 
 def _with_text(plan: BlockPlan, text_length: int) -> BlockPlan:

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from attending.sparse._grid_window import Grid
 
+TEXT_FIRST = {
+    "CogVideoXTransformer3DModel": True,
+    "HunyuanVideoTransformer3DModel": False,
+    "SD3Transformer2DModel": False,
+}
+"""Classes of diffusers whose sequence has text too, and whether it comes before the picture."""
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -41,8 +48,11 @@ def read_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     | --- | --- | --- |
     | `FluxTransformer2DModel` and others with `img_ids` | rows and columns of the ids | first |
     | `SD3Transformer2DModel` | patches of the latent image | last |
-    | `WanTransformer3DModel` | patches of the latent video | none in the sequence |
+    | `HunyuanVideoTransformer3DModel` | patches of the latent video | last |
+    | `CogVideoXTransformer3DModel` | patches of the latent video, frames before channels | first |
+    | others with videos of 5 dimensions and a `patch_size` (Wan) | patches | none |
     | others with images of 4 dimensions and a `patch_size` (DiT, PixArt) | patches | none |
+    | those that are told `num_frames`, `height` and `width` (LTX-Video) | as told | none |
 
     Args:
         model: the transformer.
@@ -54,17 +64,23 @@ def read_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     ids, hidden = arguments.get("img_ids"), arguments.get("hidden_states")
     if isinstance(ids, Tensor):
         return ImageTokens(_grid_of_ids(ids), True)
-    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    told = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    told = [size for size in told if isinstance(size, int)]
+    if len(told) == 3:
+        return ImageTokens((told[0], told[1], told[2]), None)
+    config = getattr(model, "config", None)
+    patch = getattr(config, "patch_size", None)
     classes = {one.__name__ for one in type(model).__mro__}
+    first = next((TEXT_FIRST[name] for name in sorted(classes & TEXT_FIRST.keys())), None)
     if isinstance(hidden, Tensor) and patch is not None:
         sizes = [int(size) for size in hidden.shape]
-        if "WanTransformer3DModel" in classes and hidden.dim() == 5:
-            frames, height, width = (
-                size // part for size, part in zip(sizes[2:], patch, strict=True)
-            )
-            return ImageTokens((frames, height, width), None)
+        if hidden.dim() == 5:
+            if isinstance(patch, int):
+                patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+            frames = sizes[1 if "CogVideoXTransformer3DModel" in classes else 2]
+            grid = (frames // patch[0], sizes[3] // patch[1], sizes[4] // patch[2])
+            return ImageTokens(grid, first)
         if hidden.dim() == 4 and isinstance(patch, int):
-            first = False if "SD3Transformer2DModel" in classes else None
             return ImageTokens((sizes[2] // patch, sizes[3] // patch), first)
     raise ValueError(
         "grid: expected (height, width) or (frames, height, width) in tokens for a "
