@@ -344,6 +344,9 @@ def test_the_grid_is_read(wan, sd3, flux, hunyuan) -> None:
         with RectifiedAttention(block_size=8, **ALWAYS)(transformer) as run:
             call(transformer)
         assert run.tokens == tokens
+        with RectifiedAttention(tokens.grid, block_size=8, **ALWAYS)(transformer) as run:
+            call(transformer)
+        assert run.tokens == tokens
 
 
 def test_other_ways_to_tell_the_grid() -> None:

@@ -15,7 +15,7 @@ from attending.interventions.denoising import DenoisingClock
 from attending.interventions.intervention import Counted, with_counters
 from attending.interventions.sparse_run import SparseRun, plan_of_call
 from attending.sparse.curve_order import block_neighbors, gilbert_order, row_order
-from attending.sparse.image_tokens import ImageTokens, read_image_tokens
+from attending.sparse.image_tokens import ImageTokens, read_image_tokens, text_comes_first
 from attending.sparse.rectified import (
     RECTIFY,
     Rectify,
@@ -147,9 +147,10 @@ class RectifiedAttention:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ImageTokens:
         """Where the tokens are in a call of the model: as set, else as its inputs tell."""
-        if self.grid is not None:
-            return ImageTokens(self.grid, self.text_first)
-        found = read_image_tokens(model, arguments_of(model, args, kwargs))
+        if self.grid is None:
+            found = read_image_tokens(model, arguments_of(model, args, kwargs))
+        else:
+            found = ImageTokens(self.grid, text_comes_first(model))
         return found if self.text_first is None else replace(found, text_first=self.text_first)
 
     def _attend(self, run: "RectifiedRun", call: AttentionCall, proceed: Proceed) -> Tensor:

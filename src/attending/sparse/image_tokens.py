@@ -15,6 +15,7 @@ from attending.sparse._grid_window import Grid
 
 TEXT_FIRST = {
     "CogVideoXTransformer3DModel": True,
+    "FluxTransformer2DModel": True,
     "HunyuanVideoTransformer3DModel": False,
     "SD3Transformer2DModel": False,
 }
@@ -41,6 +42,12 @@ class ImageTokens:
         return tokens - count
 
 
+def text_comes_first(model: nn.Module) -> bool | None:
+    """Where a model of diffusers has its text; None if it has none, or is not known."""
+    names = (one.__name__ for one in type(model).__mro__)
+    return next((TEXT_FIRST[name] for name in names if name in TEXT_FIRST), None)
+
+
 def read_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTokens:
     """The grid of what a model of diffusers is called on.
 
@@ -65,19 +72,19 @@ def read_image_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> ImageTo
     if isinstance(ids, Tensor):
         return ImageTokens(_grid_of_ids(ids), True)
     told = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    told = [size for size in told if isinstance(size, int)]
-    if len(told) == 3:
-        return ImageTokens((told[0], told[1], told[2]), None)
+    sides = [size for size in told if isinstance(size, int)]
+    if len(sides) == 3:
+        return ImageTokens((sides[0], sides[1], sides[2]), None)
     config = getattr(model, "config", None)
     patch = getattr(config, "patch_size", None)
-    classes = {one.__name__ for one in type(model).__mro__}
-    first = next((TEXT_FIRST[name] for name in sorted(classes & TEXT_FIRST.keys())), None)
+    first = text_comes_first(model)
     if isinstance(hidden, Tensor) and patch is not None:
         sizes = [int(size) for size in hidden.shape]
         if hidden.dim() == 5:
             if isinstance(patch, int):
                 patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
-            frames = sizes[1 if "CogVideoXTransformer3DModel" in classes else 2]
+            cog = any(one.__name__ == "CogVideoXTransformer3DModel" for one in type(model).__mro__)
+            frames = sizes[1 if cog else 2]
             grid = (frames // patch[0], sizes[3] // patch[1], sizes[4] // patch[2])
             return ImageTokens(grid, first)
         if hidden.dim() == 4 and isinstance(patch, int):
