@@ -11,10 +11,14 @@
 The processes are started once for all tests of a session, by the first that needs them: each has to
 load torch. They meet in a file and talk over gloo, so that sessions side by side (`pytest -n 2`) do
 not fight for ports. A rank that raises or does not answer in time fails the test, and all ranks are
-ended; the next test starts new ones. Functions and their arguments are pickled.
+ended; the next test starts new ones. A function goes by its file and name, as pytest names modules
+in ways that other processes cannot import; arguments and what is returned are pickled.
 """
 
 import datetime
+import functools
+import importlib.util
+import inspect
 import multiprocessing
 import pickle
 import tempfile
@@ -23,6 +27,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 START_SECONDS = 120.0  # for processes to load torch, on a machine that is busy
@@ -42,7 +47,8 @@ class Ranks:
         """`function(rank, world_size, *args)` in every process; what each returned, by rank."""
         if not self._workers:
             self._start()
-        job = pickle.dumps((function, args))
+        path = inspect.getsourcefile(function)
+        job = pickle.dumps((path, function.__name__, args))
         for pipe in self._pipes:
             pipe.send_bytes(job)
         found = self._answers(time.monotonic() + seconds)
@@ -103,6 +109,17 @@ class Ranks:
         return [found.get(pipe, (False, "no answer")) for pipe in self._pipes]
 
 
+@functools.cache
+def _module(path: str) -> ModuleType:
+    """A file of tests, run once for each process."""
+    spec = importlib.util.spec_from_file_location(f"_ranks_{abs(hash(path))}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _work(rank: int, world_size: int, meeting: str, pipe: Connection) -> None:
     """What runs in a process: meet the others, then one job after another until the pipe ends."""
     try:
@@ -127,9 +144,9 @@ def _work(rank: int, world_size: int, meeting: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            function, args = pickle.loads(job)
+            path, name, args = pickle.loads(job)
             torch.manual_seed(0)
-            answer = pickle.dumps((True, function(rank, world_size, *args)))
+            answer = pickle.dumps((True, getattr(_module(path), name)(rank, world_size, *args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
