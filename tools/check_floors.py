@@ -49,6 +49,7 @@ TOP = max(FLOORS.values())
 NEIGHBOURS: set[tuple[str, str]] = {
     ("losses", "taps"),  # a loss on what a model computes inside has to see it
     ("decoding", "probes"),  # DAMRO decodes against what a probe finds
+    ("conversion", "interventions"),  # what an intervention tries, a conversion makes permanent
     ("zoo", "diffusion"),  # the card of a denoiser shows what it writes
     ("interventions", "probes"),  # image tokens are pruned by what probes see in a vision tower
 }

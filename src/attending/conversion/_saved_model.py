@@ -24,4 +24,5 @@ def load_weights(model: Any, folder: str | Path) -> None:
             f"folder: expected the weights of this model, but {sorted(set(missing) - tied)} are "
             f"missing and {unexpected} are too many in {str(folder)!r}."
         )
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):  # not those of diffusers
+        model.tie_weights()

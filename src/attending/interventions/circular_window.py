@@ -38,6 +38,7 @@ from attending.sparse.image_tokens import ImageTokens, read_image_tokens
 from attending.taps import AttentionCall, Handler, Proceed
 from attending.taps.where import arguments_of
 
+HAS_MASK = "it has a mask of its own"
 DOWN_SAMPLED_LENGTH = 10.0  # factor of the length in the official code's scale; not explained there
 
 
@@ -185,7 +186,7 @@ class CircularWindow:
         if tokens.text_length(call.key_length) < 0:
             return f"it has fewer tokens than the grid {tokens.grid}"
         if call.attn_mask is not None or call.is_causal:
-            return "it has a mask of its own"
+            return HAS_MASK
         return None
 
     def share(self, call: AttentionCall, tokens: ImageTokens) -> float:
