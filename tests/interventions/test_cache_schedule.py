@@ -1,5 +1,6 @@
 """Schedules of feature caches, against the golden vectors and what the papers report."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 from attending.interventions.cache_schedule import (
     CacheSchedule,
     DecreasingSteps,
-    DriftSteps,
     FixedSteps,
     UniformSteps,
     block_calls,
     runs_of,
 )
+from attending.interventions.drift_schedule import DriftSteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "profiling-dit"
 OFFICIAL = (6, 18, 26, 32, 38, 42, 46, 48)
@@ -72,7 +73,8 @@ def test_decreasing_gaps(steps: int, warmup: int, one: float, other: float, inve
     longest, shortest = max(one, other), min(one, other)
     chosen = DecreasingSteps(steps, warmup, longest, shortest, inverse=inverse).chosen
     gaps = np.diff(chosen)
-    assert chosen[0] == warmup and chosen[-1] < steps
+    assert chosen[0] == warmup
+    assert chosen[-1] < steps
     assert (gaps >= 1).all()
     # The last gap ends with the generation, so in the mirror it is the first.
     inner = gaps[1:] if inverse else gaps
@@ -100,7 +102,7 @@ def test_the_warmup_and_the_step_after_it_are_computed(
 def test_runs_are_maximal_and_hold_all(blocks: set[int]) -> None:
     runs = runs_of(blocks)
     assert {block for first, last in runs for block in range(first, last + 1)} == blocks
-    assert all(later[0] > earlier[1] + 1 for earlier, later in zip(runs, runs[1:], strict=False))
+    assert all(later[0] > earlier[1] + 1 for earlier, later in itertools.pairwise(runs))
 
 
 @pytest.mark.parametrize(

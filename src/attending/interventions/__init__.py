@@ -20,6 +20,8 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.sparsed`: blocks chosen once in a denoising loop and reused (SparseD).
 - `attending.interventions.rectified_attention`: a few blocks, the rest estimated from pooled ones.
 - `attending.interventions.circular_window`: image tokens look at a circle around them (CLEAR).
+- `attending.interventions.frame_reference_attention`: frames of a video see a few others, by layer;
+  `layer_search` finds the sparsest plan that each layer can afford (Efficient-vDiT).
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
 - `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
@@ -27,6 +29,9 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.logit_scaling`: attention at other lengths than those of training.
 - `attending.interventions.hierarchical_attention`: attention tied along a tree, in chosen layers of
   a pretrained encoder.
+- `attending.interventions.feature_cache`: reuse features from step to step of a denoiser
+  (ProfilingDiT, TeaCache); `output_cache` (FORA) and `diffusers_caches` stand beside it, and
+  `cache_schedule` and `drift_schedule` say when to compute.
 """
 
 from importlib import import_module
@@ -37,10 +42,24 @@ if TYPE_CHECKING:
         AttentionCalibration as AttentionCalibration,
     )
     from attending.interventions.block_sparse import BlockSparse as BlockSparse
+    from attending.interventions.cache_schedule import CacheSchedule as CacheSchedule
+    from attending.interventions.cache_schedule import DecreasingSteps as DecreasingSteps
+    from attending.interventions.cache_schedule import FixedSteps as FixedSteps
+    from attending.interventions.cache_schedule import UniformSteps as UniformSteps
     from attending.interventions.circular_window import CircularWindow as CircularWindow
     from attending.interventions.denoising import DenoisingClock as DenoisingClock
     from attending.interventions.denoising import Moment as Moment
+    from attending.interventions.diffusers_caches import FirstBlockCache as FirstBlockCache
+    from attending.interventions.diffusers_caches import (
+        PyramidAttentionBroadcast as PyramidAttentionBroadcast,
+    )
+    from attending.interventions.drift_schedule import DriftSteps as DriftSteps
     from attending.interventions.edit import edit_masses as edit_masses
+    from attending.interventions.feature_cache import ProfilingCache as ProfilingCache
+    from attending.interventions.feature_cache import TeaCache as TeaCache
+    from attending.interventions.frame_reference_attention import (
+        FrameReferenceAttention as FrameReferenceAttention,
+    )
     from attending.interventions.head_selection import select_heads as select_heads
     from attending.interventions.hierarchical_attention import (
         HierarchicalAttention as HierarchicalAttention,
@@ -49,7 +68,9 @@ if TYPE_CHECKING:
     from attending.interventions.intervention import InterventionWarning as InterventionWarning
     from attending.interventions.intervention import Run as Run
     from attending.interventions.intervention import with_counters as with_counters
+    from attending.interventions.layer_search import search_layer_masks as search_layer_masks
     from attending.interventions.logit_scaling import LogitScaling as LogitScaling
+    from attending.interventions.output_cache import FORA as FORA
     from attending.interventions.rectified_attention import RectifiedAttention as RectifiedAttention
     from attending.interventions.settings import load_settings as load_settings
     from attending.interventions.settings import save_settings as save_settings
@@ -69,23 +90,35 @@ if TYPE_CHECKING:
 _MODULES = {
     "AttentionCalibration": "attention_calibration",
     "BlockSparse": "block_sparse",
+    "CacheSchedule": "cache_schedule",
     "CircularWindow": "circular_window",
+    "DecreasingSteps": "cache_schedule",
     "DenoisingClock": "denoising",
+    "DriftSteps": "drift_schedule",
+    "FORA": "output_cache",
+    "FirstBlockCache": "diffusers_caches",
+    "FixedSteps": "cache_schedule",
+    "FrameReferenceAttention": "frame_reference_attention",
     "HierarchicalAttention": "hierarchical_attention",
     "Intervention": "intervention",
     "InterventionWarning": "intervention",
     "LogitScaling": "logit_scaling",
     "Moment": "denoising",
+    "ProfilingCache": "feature_cache",
+    "PyramidAttentionBroadcast": "diffusers_caches",
     "RectifiedAttention": "rectified_attention",
     "Run": "intervention",
     "SparseD": "sparsed",
     "SparseRun": "sparse_run",
+    "TeaCache": "feature_cache",
+    "UniformSteps": "cache_schedule",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
     "VisualTokenPruning": "visual_token_pruning",
     "edit_masses": "edit",
     "load_settings": "settings",
     "prune_visual_tokens": "visual_token_pruning",
     "save_settings": "settings",
+    "search_layer_masks": "layer_search",
     "select_heads": "head_selection",
     "sparse_calls": "sparse_run",
     "with_counters": "intervention",

@@ -99,10 +99,10 @@ class Layouts:
         fits = slots is not None and len(slots) == len(values)
         if slots is None or not fits or any(slots[index] not in given for index in tensors):
             raise ValueError(
-                f"model: cannot tell which of the {len(tensors)} outputs of {type(module).__name__} "
-                f"continues which of its inputs ({', '.join(map(str, given))}). Expected a block "
-                "that returns one tensor, or is followed by one of its class that is given just "
-                "what it returned."
+                f"model: cannot tell which of the {len(tensors)} outputs of "
+                f"{type(module).__name__} continues which of its inputs "
+                f"({', '.join(map(str, given))}). Expected a block that returns one tensor, or "
+                "is followed by one of its class that is given just what it returned."
             )
         return Layout(
             tuple(slots[i] if v is not None else None for i, v in enumerate(values)), single

@@ -114,18 +114,15 @@ class Forwards(ExitStack):
         self.callback(undo)
 
 
-_LEFT_BEHIND = ("forward", "_diffusers_hook", "_cache_config")
+_LEFT_BEHIND = ("_cache_config", "_diffusers_hook", "forward")
 
 
 def _clean(module: nn.Module, had: set[str]) -> None:
     registry = module.__dict__.get("_diffusers_hook")
-    if registry is not None:
-        _forget_registries(module)
-        if registry.hooks:
-            return
-    for name in _LEFT_BEHIND:
-        if name not in had and name in module.__dict__:
-            del module.__dict__[name]
+    _forget_registries(module)
+    for name in _LEFT_BEHIND[:1] if registry is not None and registry.hooks else _LEFT_BEHIND:
+        if name not in had:
+            module.__dict__.pop(name, None)
 
 
 def _forget_registries(model: nn.Module) -> None:
@@ -138,7 +135,7 @@ def _forget_registries(model: nn.Module) -> None:
 def _around_hook(function: Around) -> Any:
     from diffusers.hooks import ModelHook
 
-    class AroundHook(ModelHook):
+    class AroundHook(ModelHook):  # type: ignore[misc]
         def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return function(self.fn_ref.original_forward, args, kwargs)
 
@@ -149,7 +146,7 @@ def _context_hook(on_reset: Callable[[], object]) -> Any:
     from diffusers.hooks import ModelHook
     from diffusers.hooks.hooks import StateManager
 
-    class Contexts(StateManager):
+    class Contexts(StateManager):  # type: ignore[misc]
         # Only notes the name. What it is given is a name or, from diffusers 0.40 on, an object.
         def __init__(self) -> None:
             super().__init__(object)
@@ -158,7 +155,7 @@ def _context_hook(on_reset: Callable[[], object]) -> Any:
         def set_context(self, context: Any) -> None:
             self.name = None if context is None else str(getattr(context, "name", context))
 
-    class ContextHook(ModelHook):
+    class ContextHook(ModelHook):  # type: ignore[misc]
         _is_stateful = True
 
         def __init__(self) -> None:

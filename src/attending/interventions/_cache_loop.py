@@ -51,11 +51,16 @@ class CacheLoop(ExitStack):
         self._forwards = forwards
         self._clock = DenoisingClock(model)
         self._begin: list[Callable[[], object]] = []
-        self._end: list[Callable[[], object]] = []
+        self._end: list[tuple[Callable[[], object], bool]] = []
         self._restart: list[Callable[[], object]] = []
         self._calls: dict[Branch, int] = {}
         self._shapes: dict[Branch, tuple[Any, ...]] = {}
         self._name: Callable[[], str | None] = lambda: None
+
+    @property
+    def timestep(self) -> float:
+        """Of the call that runs; 0 for models that take none."""
+        return self._clock.now().timestep or 0.0
 
     @property
     def context(self) -> str | None:
@@ -66,9 +71,9 @@ class CacheLoop(ExitStack):
         """Call this before each forward of the model, once branch and step are known."""
         self._begin.append(callback)
 
-    def on_end(self, callback: Callable[[], object]) -> None:
-        """Call this after each forward of the model that did not fail."""
-        self._end.append(callback)
+    def on_end(self, callback: Callable[[], object], *, failed_too: bool = False) -> None:
+        """Call this after each forward of the model; of those that fail only if so told."""
+        self._end.append((callback, failed_too))
 
     def on_restart(self, callback: Callable[[], object]) -> None:
         """Call this when a generation begins."""
@@ -107,10 +112,9 @@ class CacheLoop(ExitStack):
         if not self.running:
             return
         self.running = False
-        if output is None:  # it failed
-            return
-        for callback in self._end:
-            callback()
+        for callback, failed_too in self._end:
+            if output is not None or failed_too:
+                callback()
 
     def _new_generation(self) -> None:
         self._calls.clear()

@@ -1,7 +1,6 @@
 """What blocks add to the states, stored and added again: the work of the caches of whole blocks."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,8 +104,8 @@ class ResidualCache:
     def _begin(self) -> None:
         if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
             raise ValueError(
-                "model: expected no gradient checkpointing, as backward would run blocks again that "
-                "were reused; sample within torch.no_grad(), or call "
+                "model: expected no gradient checkpointing, as backward would run blocks again "
+                "that were reused; sample within torch.no_grad(), or call "
                 "model.disable_gradient_checkpointing()."
             )
         self._decided, self._reused, self._open, self._until = None, False, None, -1

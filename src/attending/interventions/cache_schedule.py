@@ -6,9 +6,9 @@ A `CacheSchedule` answers one question at each call of the model: compute, or re
 | --- | --- | --- |
 | `FixedSteps((6, 18, 26))` | the steps of a list | ProfilingDiT's code for HunyuanVideo |
 | `UniformSteps(6)` | every sixth step | FORA, Delta-DiT, ProfilingDiT's code for Wan2.1 |
-| `DecreasingSteps(50)` | with gaps that shrink from `longest` to `shortest` | ProfilingDiT, eq. 15 |
+| `DecreasingSteps(50)` | with gaps that shrink | ProfilingDiT, eq. 15 |
 | `DecreasingSteps(50, inverse=True)` | the same gaps, the other way round | its ablation |
-| `DriftSteps(0.1)` | when a signal has drifted far enough | TeaCache |
+| `DriftSteps(0.1)`, in `drift_schedule` | when a signal has drifted far enough | TeaCache |
 
 Each has a warm-up, in which every step is computed, and each computes the first step after it: so
 nothing is ever reused that was not stored. (The official code of ProfilingDiT crashes where the
@@ -28,6 +28,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
+@runtime_checkable
 class Decider(Protocol):
     """The decisions of one generation, in one branch."""
 
@@ -67,9 +68,9 @@ class FixedSteps:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
-        _check_whole("warmup", self.warmup, 0)
+        check_whole("warmup", self.warmup, 0)
         for step in self.steps:
-            _check_whole("steps", step, 0)
+            check_whole("steps", step, 0)
 
     @property
     def needs_signal(self) -> bool:
@@ -102,8 +103,8 @@ class UniformSteps:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        _check_whole("interval", self.interval, 1)
-        _check_whole("warmup", self.warmup, 0)
+        check_whole("interval", self.interval, 1)
+        check_whole("warmup", self.warmup, 0)
 
     @property
     def needs_signal(self) -> bool:
@@ -127,8 +128,8 @@ class DecreasingSteps:
 
         T(s) = longest - (longest - shortest) (s - warmup) / (steps - warmup)
 
-    The paper's set of steps (eq. 12, `s mod T(s) = 0`) is not well defined where T changes; its code
-    has a list by hand. This greedy rule is ours; it gives the list up to 2 steps.
+    The paper's set of steps (eq. 12, `s mod T(s) = 0`) is not well defined where T changes; its
+    code has a list by hand. This greedy rule is ours; it gives that list up to 2 steps.
 
     Attributes:
         steps: of one generation.
@@ -150,8 +151,8 @@ class DecreasingSteps:
     inverse: bool = False
 
     def __post_init__(self) -> None:
-        _check_whole("steps", self.steps, 1)
-        _check_whole("warmup", self.warmup, 0)
+        check_whole("steps", self.steps, 1)
+        check_whole("warmup", self.warmup, 0)
         if self.warmup >= self.steps:
             raise ValueError(
                 f"warmup: expected fewer than the {self.steps} steps, as there is nothing to cache "
@@ -189,101 +190,6 @@ class DecreasingSteps:
     def computed(self, total: int) -> tuple[int, ...]:
         """Which of `total` steps are computed."""
         return _computed(self, total)
-
-
-@dataclass(frozen=True)
-class DriftSteps:
-    """Compute when a signal has drifted far enough since the last computed step: TeaCache's rule.
-
-    With the signal m of each step,
-
-        d = mean |m[s] - m[s-1]| / mean |m[s-1]|        accumulated += polynomial(d)
-
-    and the step is computed when `accumulated >= threshold`; then `accumulated = 0`. The m of every
-    step counts, also of one that is not computed.
-
-    Attributes:
-        threshold: 0 computes every step.
-        coefficients: of the polynomial, highest power first; (1, 0) is d itself. TeaCache fits them
-            to each model, so that the polynomial of d is the drift of the model's output.
-        warmup: how many first steps are computed in any case; at least 1.
-        until: from this step on every step is computed; None if there is no such end. TeaCache
-            computes the last step: `until = steps - 1`.
-
-    Raises:
-        ValueError: for a negative threshold, no coefficients, or a warm-up below 1.
-    """
-
-    threshold: float
-    coefficients: tuple[float, ...] = (1.0, 0.0)
-    warmup: int = 1
-    until: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", tuple(self.coefficients))
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold: expected at least 0, got {self.threshold}.")
-        if not self.coefficients:
-            raise ValueError(
-                "coefficients: expected at least one, highest power first, got none; (1, 0) takes "
-                "the drift as it is."
-            )
-        _check_whole("warmup", self.warmup, 1)
-        if self.until is not None:
-            _check_whole("until", self.until, 0)
-
-    @property
-    def needs_signal(self) -> bool:
-        """Yes."""
-        return True
-
-    def start(self) -> "DriftDecider":
-        """Decisions by the drift."""
-        return DriftDecider(self)
-
-
-class DriftDecider:
-    """The decisions of `DriftSteps` in one generation.
-
-    Attributes:
-        schedule: whose.
-        accumulated: drift since the last computed step.
-        drift: d of the last step, before the polynomial; None before the second step.
-    """
-
-    def __init__(self, schedule: DriftSteps) -> None:
-        self.schedule = schedule
-        self.accumulated = 0.0
-        self.drift: float | None = None
-        self._before: Tensor | None = None
-
-    def __call__(self, step: int, signal: Tensor | None = None) -> bool:
-        """Whether to compute this step, whose signal has any shape, the same in all steps."""
-        if signal is None:
-            raise ValueError(
-                "signal: expected a tensor, as the schedule goes by its drift; got None."
-            )
-        schedule, before = self.schedule, self._before
-        self._before = signal = signal.detach().clone()
-        if before is not None:
-            self.drift = relative_l1(before, signal)
-        always = step < schedule.warmup or (schedule.until is not None and step >= schedule.until)
-        if always or self.drift is None:
-            self.accumulated = 0.0
-            return True
-        for power, coefficient in enumerate(reversed(schedule.coefficients)):
-            self.accumulated += coefficient * self.drift**power
-        if self.accumulated < schedule.threshold:
-            return False
-        self.accumulated = 0.0
-        return True
-
-
-def relative_l1(before: Tensor, after: Tensor) -> float:
-    """How far a tensor moved: mean |after - before| / mean |before|, 0 for nothing from nothing."""
-    moved = (after.double() - before.double()).abs().mean()
-    size = before.double().abs().mean()
-    return float(moved / size) if size > 0 else (float("inf") if moved > 0 else 0.0)
 
 
 def runs_of(blocks: Iterable[int]) -> tuple[tuple[int, int], ...]:
@@ -324,6 +230,7 @@ def _computed(schedule: CacheSchedule, total: int) -> tuple[int, ...]:
     return tuple(step for step in range(total) if decide(step))
 
 
-def _check_whole(name: str, number: int, least: int) -> None:
+def check_whole(name: str, number: int, least: int) -> None:
+    """Raise ValueError for what is no whole number, or too small a one."""
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ValueError(f"{name}: expected whole numbers from {least}, got {number!r}.")

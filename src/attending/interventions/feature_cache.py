@@ -17,13 +17,13 @@ most steps reuse what parts of the model computed at an earlier one:
 
 The first two live here, `FORA` in `attending.interventions.output_cache` and the last two, which
 switch on what diffusers has, in `attending.interventions.diffusers_caches`. All work on any model
-of diffusers, those of blocks on any model with a `ModuleList` of blocks; one stream of states or two
-(SD3, Flux, HunyuanVideo), with guidance in separate calls or in one batch, with a sampler of any
-order. Each generation begins with nothing stored. What is stored is detached: gradients flow through
-the states, not through what was reused.
+of diffusers, and the first three on any model with a `ModuleList` of blocks: of one stream of
+states or two (SD3, Flux, HunyuanVideo), with guidance in separate calls or in one batch, with a
+sampler of any order. Each generation begins with nothing stored. What is stored is detached:
+gradients flow through the states, not through what was reused.
 
-Memory: one tensor of the size of the states for each run of consecutive blocks, each stream and each
-branch of guidance. Limit: with a share c of the steps computed, no cache is faster than 1 / c.
+Memory: one tensor of the size of the states for each run of consecutive blocks, each stream and
+each branch of guidance. Limit: with a share c of the steps computed, no cache is faster than 1 / c.
 
 Source: ProfilingDiT (Ma et al., arXiv 2504.03140) and its code; TeaCache (Liu et al., arXiv
 2411.19108) and its code.
@@ -47,10 +47,10 @@ from attending.interventions._residual_cache import ResidualCache, Signal
 from attending.interventions.cache_schedule import (
     CacheSchedule,
     DecreasingSteps,
-    DriftSteps,
     FixedSteps,
     UniformSteps,
 )
+from attending.interventions.drift_schedule import DriftSteps
 
 AnySchedule = FixedSteps | UniformSteps | DecreasingSteps | DriftSteps | CacheSchedule
 
@@ -112,7 +112,8 @@ class ProfilingCache:
                     raise ValueError(f"blocks: expected whole numbers from 0, got {block!r}.")
         if not isinstance(self.schedule, CacheSchedule):
             raise ValueError(
-                f"schedule: expected a CacheSchedule such as UniformSteps(6), got {self.schedule!r}."
+                "schedule: expected a CacheSchedule such as UniformSteps(6), got "
+                f"{self.schedule!r}."
             )
         _signal(self.signal)
 
