@@ -22,14 +22,13 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "paro-attention" / "metr
 
 def test_golden() -> None:
     grid = tuple(int(GOLDEN[axis]) for axis in "FHW")
-    block, cells = int(GOLDEN["block"]), int(GOLDEN["block"]) ** 2
+    block = int(GOLDEN["block"])
     maps = torch.from_numpy(GOLDEN["P"]).double()[None]  # stored in float32
     found = order_statistics_of_map(maps, grid, block_size=block, eps=float(GOLDEN["eps"]))
     sparsity = found.sparsity(float(GOLDEN["sigma"]))
     np.testing.assert_array_equal(sparsity[0].numpy(), GOLDEN["M_sparse"])
     np.testing.assert_allclose(found.quantisation()[0].numpy(), GOLDEN["M_quant"], rtol=1e-5)
-    sums = found.mean[0] * cells
-    np.testing.assert_allclose(sums.numpy(), GOLDEN["block_sum"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.total[0].numpy(), GOLDEN["block_sum"], rtol=1e-5, atol=1e-6)
     for literal, name in ((True, "score_paper_literal"), (False, "score_corrected")):
         score = combined_score(
             sparsity, found.quantisation(), alpha=float(GOLDEN["alpha"]), literal=literal
@@ -111,10 +110,21 @@ def test_a_head_that_looks_along_time() -> None:
     assert axis_orders((4, 4, 4))[int(score.argmin())] in ("HWF", "WHF")
     literal = combined_score(found.sparsity(), found.quantisation(), alpha=1.0, literal=True)
     assert int(literal.argmin()) == int(found.sparsity().argmin())  # the worst, as written
-    always = static_block_mask(found.mean[0, 0] * 16, 1 / 16)
-    kept = (found.mean[0, 0] * 16 * always).sum((-1, -2)) / 64
+    kept = found.kept_mass(1 / 16)[0, 0]
     assert float(kept[2]) == pytest.approx(1.0)  # HWF: a sixteenth of the blocks has it all
     assert float(kept[0]) < 0.3
+
+
+def test_thin_lines_mislead_the_scores() -> None:
+    """As the docstring of the module says: each block is nearly empty in the bad order."""
+    place = torch.arange(4 * 64) % 64
+    maps = (place[:, None] == place).double()[None, None] / 4
+    found = order_statistics_of_map(maps, (4, 8, 8), block_size=64)
+    assert float(found.sparsity(0.9)[0, 0, 0]) == 1.0  # FHW: one cell in 64 of every block
+    assert float(found.sparsity(0.9)[0, 0, 2]) == 1.0  # HWF: four in 64 of those on the diagonal
+    assert float(found.sparsity(1.0)[0, 0, 0]) == 0.0
+    assert float(found.sparsity(1.0)[0, 0, 2]) == 0.75
+    assert found.kept_mass(0.25)[0, 0, [0, 2]].tolist() == pytest.approx([0.25, 1.0])
 
 
 @given(

@@ -187,16 +187,19 @@ def looking(axis: int, grid: tuple[int, ...]) -> Tensor:
     return 12 * torch.nn.functional.one_hot(line).double()
 
 
-def test_calibration_finds_the_axis() -> None:
+@pytest.mark.parametrize("criterion", ["corrected", "mass"])
+def test_calibration_finds_the_axis(criterion: Any) -> None:
     """Heads that look along time, rows and columns get what is fastest there; the mask has it."""
     grid = (4, 4, 4)
     query = torch.stack([looking(axis, grid) for axis in range(3)])[None]
-    calibration = PAROCalibration(grid, steps=1, block_size=4, keep_last=False)
+    calibration = PAROCalibration(
+        grid, steps=1, block_size=4, keep_last=False, criterion=criterion, density=1 / 16
+    )
     calibration.see("one", 0, query, query)
     orders = calibration.choose_orders()["one"].tolist()
     assert [axis_orders(grid)[order][-1] for order in orders] == ["F", "H", "W"]
     calibration.see("one", 0, query, query)
-    plan = calibration.plan(1 / 16)
+    plan = calibration.plan()
     assert plan.names("one") == tuple(axis_orders(grid)[order] for order in orders)
     value = torch.randn(1, 3, 64, 5, dtype=torch.float64)
     exact = scaled_dot_product_attention(query, query, value)
@@ -244,6 +247,7 @@ def test_what_is_refused() -> None:
         PAROPlan(GRID, ("one",), plan.orders, plan.packed_masks, 8, 4, 4)
     for name, wrong in {
         "candidates": ["HW"], "steps": 0, "timestep_bins": 0, "shared_from": 2.0, "alpha": -1.0,
+        "criterion": "best", "density": 0.0,
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=name):
             PAROCalibration(GRID, **{"steps": 2, name: wrong})  # type: ignore[arg-type]

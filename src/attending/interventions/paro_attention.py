@@ -36,7 +36,7 @@ from attending.interventions.intervention import Counted
 from attending.interventions.settings import load_settings, save_settings
 from attending.interventions.sparse_run import SparseRun, plan_of_call, sparse_calls
 from attending.sparse.paro import PAROPlan, Quant, paro_attention
-from attending.sparse.paro_calibration import PAROCalibration
+from attending.sparse.paro_calibration import Criterion, PAROCalibration
 from attending.sparse.quantised_attention import MapGroups
 from attending.taps import AttentionCall, Handler, Proceed, tap
 from attending.taps.running import evaluating
@@ -98,7 +98,7 @@ class PAROAttention:
         eps: float = 1e-3,
         sigma: float = 0.9,
         alpha: float = 0.5,
-        literal: bool = False,
+        criterion: Criterion = "corrected",
         timestep_bins: int = 10,
         shared_from: float = 0.5,
         candidates: Sequence[str] | None = None,
@@ -116,7 +116,7 @@ class PAROAttention:
             grid: tokens along each axis, as (frames, height, width) or (height, width).
             steps: of the sampling; 1 for keyword arguments.
             density: kept blocks over all blocks of a map.
-            block_size, eps, sigma, alpha, literal, timestep_bins, shared_from, candidates,
+            block_size, eps, sigma, alpha, criterion, timestep_bins, shared_from, candidates,
             keep_last, text_tokens, text_first: see `PAROCalibration`.
 
         Raises:
@@ -132,7 +132,8 @@ class PAROAttention:
             eps=eps,
             sigma=sigma,
             alpha=alpha,
-            literal=literal,
+            criterion=criterion,
+            density=density,
             timestep_bins=timestep_bins,
             shared_from=shared_from,
             candidates=candidates,
@@ -140,7 +141,7 @@ class PAROAttention:
             text_tokens=text_tokens,
             text_first=text_first,
         )
-        return cls(watch(model, run, calibration).plan(density))
+        return cls(watch(model, run, calibration).plan())
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, and a safetensors file of the same name beside it."""

@@ -19,6 +19,7 @@ the scores and the middle step of each part of the sampling.
 from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +36,8 @@ from attending.sparse.order_scores import combined_score, order_statistics
 from attending.sparse.paro import PAROPlan, pack_masks
 from attending.sparse.static_mask import always_kept, static_block_mask
 
+Criterion = Literal["corrected", "literal", "mass"]
+
 
 class PAROCalibration:
     """Chooses orders and blocks from queries and keys that it is shown, twice.
@@ -49,7 +52,10 @@ class PAROCalibration:
         steps: of the sampling.
         block_size: tokens along each side of a block.
         eps, sigma: a block is empty if a share sigma of it is under eps, see `order_statistics`.
-        alpha, literal: of the combined score, see `combined_score`.
+        criterion: what an order is chosen by: "corrected" or "literal", see `combined_score`; or
+            "mass", the attention in the fullest blocks, see `OrderStatistics.kept_mass`.
+        alpha: of the combined score.
+        density: kept blocks over all blocks of a map, for `plan` and for "mass".
         timestep_bins: equal parts of the sampling, at most as many as there are steps.
         shared_from: parts from this share of the sampling on have one mask together.
         candidates: which orders may be chosen; by default all that the grid has.
@@ -70,7 +76,8 @@ class PAROCalibration:
         eps: float = 1e-3,
         sigma: float = 0.9,
         alpha: float = 0.5,
-        literal: bool = False,
+        criterion: Criterion = "corrected",
+        density: float = 0.3,
         timestep_bins: int = 10,
         shared_from: float = 0.5,
         candidates: Sequence[str] | None = None,
@@ -89,9 +96,13 @@ class PAROCalibration:
             )
         if not 0 <= shared_from <= 1:
             raise ValueError(f"shared_from: expected a share from 0 to 1, got {shared_from}.")
+        if criterion not in get_args(Criterion):
+            raise ValueError(f"criterion: expected one of {get_args(Criterion)}, got {criterion!r}")
         combined_score(torch.ones(1), torch.ones(1), alpha=alpha)  # raises if it must
+        static_block_mask(torch.ones(1, 1), density)  # and so does this
         self.grid, self.steps, self.block_size = tuple(grid), steps, block_size
-        self.eps, self.sigma, self.alpha, self.literal = eps, sigma, alpha, literal
+        self.eps, self.sigma, self.alpha = eps, sigma, alpha
+        self.criterion, self.density = criterion, density
         self.bins = min(timestep_bins, steps)
         self.masks = min(int(self.bins * shared_from) + 1, self.bins)
         self.candidates = [known.index(name) for name in wanted]
@@ -137,7 +148,7 @@ class PAROCalibration:
             self._see_sums(layer, step, query, key, bias, scale)
             return
         if len(self.candidates) == 1:
-            self._scores[layer].append(torch.zeros(2, query.shape[1], len(axis_orders(self.grid))))
+            self._scores[layer].append(torch.zeros(3, query.shape[1], len(axis_orders(self.grid))))
             return
         found = order_statistics(
             query,
@@ -150,8 +161,8 @@ class PAROCalibration:
             bias=bias,
             scale=scale,
         )
-        pair = torch.stack([found.sparsity(self.sigma), found.quantisation()])
-        self._scores[layer].append(pair.double().mean(1).cpu())  # over the batch
+        scores = found.sparsity(self.sigma), found.quantisation(), found.kept_mass(self.density)
+        self._scores[layer].append(torch.stack(scores).double().mean(1).cpu())  # over the batch
 
     def choose_orders(self) -> dict[str, Int[Tensor, " heads"]]:
         """The order of each head, by the mean of its scores over all that was seen."""
@@ -161,10 +172,13 @@ class PAROCalibration:
                 f"of {self.steps} steps, and saw none. Is `steps` that of the sampling?"
             )
         self.orders = {}
-        for layer, pairs in self._scores.items():
-            sparsity, quantisation = torch.stack(pairs).mean(0)[..., self.candidates].unbind(0)
-            score = combined_score(sparsity, quantisation, alpha=self.alpha, literal=self.literal)
-            self.orders[layer] = torch.tensor(self.candidates)[score.argmin(-1)]
+        for layer, seen in self._scores.items():
+            means = torch.stack(seen).mean(0)[..., self.candidates]
+            sparsity, quantisation, mass = means.unbind(0)
+            literal = self.criterion == "literal"
+            score = combined_score(sparsity, quantisation, alpha=self.alpha, literal=literal)
+            best = (-mass if self.criterion == "mass" else score).argmin(-1)
+            self.orders[layer] = torch.tensor(self.candidates)[best]
         return self.orders
 
     def _see_sums(
@@ -195,12 +209,13 @@ class PAROCalibration:
         before = sums[number]
         sums[number] = mass if before is None else before + mass
 
-    def plan(self, density: float = 0.3) -> PAROPlan:
+    def plan(self, density: float | None = None) -> PAROPlan:
         """The plan that keeps a share of all blocks of every map. Ask for several if you like.
 
         Args:
-            density: kept blocks over all blocks; those with text and the last ones, which are
-                always kept, count. Where these alone are more, the plan has more.
+            density: kept blocks over all blocks, if not that of the calibration; those with text
+                and the last ones, which are always kept, count. Where these alone are more, the
+                plan has more.
 
         Raises:
             ValueError: for a density out of its range, or if the second run was not seen whole.
@@ -210,6 +225,7 @@ class PAROCalibration:
                 "calibration: expected choose_orders and then the whole sampling once more, got "
                 f"{len(self._sums)} of {len(self.orders or {})} layers."
             )
+        density = self.density if density is None else density
         layers = tuple(self.orders)
         heads = {layer: len(order) for layer, order in self.orders.items()}
         if len(set(heads.values())) > 1:
