@@ -10,5 +10,6 @@ Pure functions of features, attention and grids; what acts on their choice lives
 - `attending.sparse.rectified`: block-sparse attention with the rest estimated from pooled blocks;
   its parts are `pooled`, `implicit_attention` and `curve_order` (a space-filling curve).
 - `attending.sparse.circular_window`: image tokens see a circle around them and all text (CLEAR);
-  `square_tiles` has the plan of blocks for that, `image_tokens` where the tokens of a model lie.
+  `square_tiles` has the plan of blocks for that, `image_tokens` where the tokens of a model lie,
+  `halo_exchange` the same with the rows of an image over several devices.
 """
