@@ -244,7 +244,7 @@ def test_a_larger_budget_is_never_denser(table, one, other):
     errors = {f"layer{n}": dict(zip(names, row, strict=True)) for n, row in enumerate(table)}
     densities = {layer: {"a": 0.2, "b": 0.5, "c": 0.8} for layer in errors}
     planners = dict.fromkeys(names, lambda call, moment: None)
-    search = LayerSearch(errors, densities, planners, one, "mse", "attention")
+    search = LayerSearch(errors, errors, densities, planners, one, "mse", "attention")
     low, high = sorted((one, other))
     assert search.density(high) <= search.density(low)
     for layer, name in search.choose().items():

@@ -55,19 +55,29 @@ class LayerSearch:
     """What a search measured, and what follows from it.
 
     Attributes:
-        errors: by layer (the name of the attention module), then by candidate.
+        mse, relative_mse: both errors, by layer (the name of the attention module), then by
+            candidate. Of the first the paper gives thresholds, the second does not depend on the
+            scale of a layer.
         densities: the share of the map that each candidate computed, in the same way.
         candidates: the planners.
         threshold: the budget of the search.
-        metric, probe: what the errors are.
+        metric: which of the errors it is a budget of; `replace(search, metric="mse")` for the other
+            one.
+        probe: where they were measured.
     """
 
-    errors: Mapping[str, Mapping[str, float]]
+    mse: Mapping[str, Mapping[str, float]]
+    relative_mse: Mapping[str, Mapping[str, float]]
     densities: Mapping[str, Mapping[str, float]]
     candidates: Mapping[str, Planner] = field(repr=False)
     threshold: float
     metric: Metric
     probe: Probe
+
+    @property
+    def errors(self) -> Mapping[str, Mapping[str, float]]:
+        """Those that the budget is for."""
+        return self.mse if self.metric == "mse" else self.relative_mse
 
     def choose(self, threshold: float | None = None) -> dict[str, str | None]:
         """For each layer the sparsest candidate whose error is at most the threshold; None = dense.
@@ -173,7 +183,7 @@ def search_layer_masks(
             paper. A layer for which a planner gives no plan counts as dense, without error.
         threshold: the budget. The paper's are 0.025 to 0.4, of `"mse"`, which depends on the scale
             of the model's activations.
-        metric: `"relative_mse"` does not.
+        metric: of which error; `"relative_mse"` does not depend on that scale.
         probe: where the error is measured: `"attention"` (the output of the function, before its
             projection; one run for all layers and candidates together), `"block"` (the output of
             the transformer block around it) or `"output"` (what `run` returns). The last two take
@@ -204,9 +214,14 @@ def search_layer_masks(
         raise ValueError(
             "run: expected a run that calls self-attention of the model, got cross-attention only."
         )
-    errors = {
-        layer: {name: error.value(metric) for name, error in found.items()}
-        for layer, (found, _) in sums.items()
-    }
+    absolute, relative = (
+        {
+            layer: {name: error.value(kind) for name, error in found.items()}
+            for layer, (found, _) in sums.items()
+        }
+        for kind in get_args(Metric)
+    )
     densities = {layer: found for layer, (_, found) in sums.items()}
-    return LayerSearch(errors, densities, dict(candidates), float(threshold), metric, probe)
+    return LayerSearch(
+        absolute, relative, densities, dict(candidates), float(threshold), metric, probe
+    )
