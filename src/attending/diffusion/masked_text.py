@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attending.diffusion.seeds import row_seeds
+
 Order = Literal["confidence", "margin", "entropy", "random"]
 
 
@@ -135,7 +137,7 @@ def sample_masked_text(
         raise ValueError(
             "expected a model in evaluation mode, got one in training mode; call model.eval()"
         )
-    seeds = _row_seeds(seed, len(input_ids))
+    seeds = row_seeds(seed, len(input_ids))
     real = _prompt_mask(attention_mask, input_ids)
     new = input_ids.new_full((len(input_ids), new_tokens), mask_token)
     canvas = torch.cat([input_ids, new], dim=1)
@@ -196,17 +198,6 @@ def _check_numbers(
         raise ValueError(f"expected temperature of at least 0, got {temperature}")
     if order not in get_args(Order):
         raise ValueError(f"expected order to be one of {', '.join(get_args(Order))}, got {order!r}")
-
-
-def _row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if isinstance(seed, int):
-        return [seed + row for row in range(rows)]
-    if len(seed) != rows:
-        raise ValueError(
-            f"expected one seed for each of the {rows} rows, got {len(seed)}; give one number to "
-            "count up from, or as many as there are rows"
-        )
-    return list(seed)
 
 
 def _prompt_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Bool[Tensor, "batch prompt"]:

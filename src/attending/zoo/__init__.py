@@ -2,16 +2,18 @@
 
 >>> from attending import zoo
 >>> zoo.names()
-['minilm', 'llama-stdlib', 'llava-shapes', 'mdlm-stdlib']
+['minilm', 'llama-stdlib', 'llava-shapes', 'mdlm-stdlib', 'wan-shapes']
 >>> llama = zoo.load("llama-stdlib")
 >>> type(llama.model).__name__
 'LlamaForCausalLM'
 
 ``minilm`` is pretrained by others and comes with a package from PyPI; ``llama-stdlib`` and
-``mdlm-stdlib`` (Python, written from left to right and by filling in) and ``llava-shapes``
-(pictures) are trained by our own recipes and shipped with this package.  Only safetensors and JSON
-are ever read.  The pictures are scenes of :mod:`attending.zoo.shapes`, of
-which everything is known; :mod:`attending.zoo.shapes_tasks` lets a model answer and caption.
+``mdlm-stdlib`` (Python, written from left to right and by filling in), ``llava-shapes`` (pictures)
+and ``wan-shapes`` (videos) are trained by our own recipes and shipped with this package.  Only
+safetensors and JSON are ever read.  The pictures are scenes of :mod:`attending.zoo.shapes`, of
+which everything is known, and the videos those of :mod:`attending.zoo.shapes_motion`;
+:mod:`attending.zoo.shapes_tasks` lets a model answer and caption, and
+:mod:`attending.zoo.video_tasks` lets one paint.
 """
 
 from pathlib import Path
@@ -19,14 +21,20 @@ from typing import Any
 
 import torch
 
-from attending.zoo import llama_stdlib, llava_shapes, mdlm_stdlib, minilm
+from attending.zoo import llama_stdlib, llava_shapes, mdlm_stdlib, minilm, wan_shapes
 from attending.zoo.entry import Recipe, ZooEntry, ZooModel, ZooRecord
 
 __all__ = ["ZooModel", "ZooRecord", "describe", "export", "load", "names", "train"]
 
 _ENTRIES: dict[str, ZooEntry] = {
     entry.name: entry
-    for entry in (minilm.ENTRY, llama_stdlib.ENTRY, llava_shapes.ENTRY, mdlm_stdlib.ENTRY)
+    for entry in (
+        minilm.ENTRY,
+        llama_stdlib.ENTRY,
+        llava_shapes.ENTRY,
+        mdlm_stdlib.ENTRY,
+        wan_shapes.ENTRY,
+    )
 }
 
 

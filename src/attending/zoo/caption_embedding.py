@@ -68,7 +68,7 @@ class CaptionEmbedding(nn.Module):
     def forward(self, captions: Sequence[str]) -> Float[Tensor, "batch length dim"]:
         """What goes to the model as ``encoder_hidden_states``; ``""`` is no condition."""
         tokens = self.tokens(captions).to(self.positions.device)
-        states = self.embedding(tokens) + self.positions
+        states: Tensor = self.embedding(tokens) + self.positions
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
             states = states + F.gelu(mixer(norm(states).mT)).mT
         return states

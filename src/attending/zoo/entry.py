@@ -5,12 +5,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -18,17 +15,18 @@ class ZooModel:
     """A model ready to run, what turns text into its input, and what is known about it.
 
     Attributes:
-        model: A class of the model's own library (transformers), in evaluation mode, its attention
-            going through ``scaled_dot_product_attention``.
-        tokenizer: Text to token ids and back.
+        model: A class of the model's own library (transformers or diffusers), in evaluation mode,
+            its attention going through ``scaled_dot_product_attention``.
+        tokenizer: Text to token ids and back; ``None`` for models that do not write.
         card: Where the model is from, its licence and, for models trained by our recipes, data,
             figures and limits as the recipe measured them.
         name: The name it has in the zoo.
-        processor: For models that see: images and prompts to a batch of inputs; else ``None``.
+        processor: For models that see: images and prompts to a batch of inputs.  For models that
+            paint: captions to what the model attends to.  Else ``None``.
     """
 
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    model: Any
+    tokenizer: Any
     card: dict[str, Any]
     name: str
     processor: Any = None
@@ -104,6 +102,7 @@ class ZooEntry:
         folder: Finds the weights on this machine; ``ImportError`` if they are not installed.
         load: ``(device, dtype)`` to the loaded model.
         recipe: How to make it anew, for models we train ourselves.
+        weights: Files of the folder that hold them.
     """
 
     name: str
@@ -114,11 +113,13 @@ class ZooEntry:
     folder: Callable[[], Path]
     load: Callable[[torch.device | str | None, torch.dtype], ZooModel]
     recipe: Recipe | None = None
+    weights: tuple[str, ...] = ("model.safetensors",)
 
     def record(self) -> ZooRecord:
         """The line for the zoo's list; reads no weights."""
         try:
-            parameters = count_parameters(self.folder() / "model.safetensors")
+            folder = self.folder()
+            parameters = sum(count_parameters(folder / name) for name in self.weights)
         except ImportError:
             parameters = None
         return ZooRecord(

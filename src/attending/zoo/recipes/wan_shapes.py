@@ -166,7 +166,7 @@ def train(
     recipe = WanShapesRecipe() if recipe is None else recipe
     trainee = Trainee(*build_model(recipe))
     if recipe.compiled:
-        trainee.compile()
+        trainee.compile_blocks()
 
     def backward(step: int) -> float:
         loss = trainee.loss(recipe.batch_at(step), recipe.bfloat16)

@@ -68,7 +68,7 @@ class Trainee(nn.Module):
         self.wan, self.text = wan, text
         wan.set_attn_processor(QuickWanAttention())
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile_blocks(self) -> None:
         """Compile the blocks, once for every shape of a batch; needs a C++ compiler."""
         for block in self.wan.blocks:
             block.compile(dynamic=False)
@@ -82,7 +82,8 @@ class Trainee(nn.Module):
                 encoder_hidden_states=self.text(batch.captions),
                 return_dict=False,
             )[0]
-        return (velocity.float() - batch.velocity).square().mean()
+        errors: Tensor = velocity.float() - batch.velocity
+        return errors.square().mean()
 
     @torch.no_grad()
     def average(self, finished: int, decay: float) -> None:

@@ -21,7 +21,10 @@ def write_weights(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as name:
         aside = Path(name)
-        copy.deepcopy(model).to(torch.float16).save_pretrained(aside)
+        stored = copy.deepcopy(model)
+        # diffusers' own `to` warns that some modules are best kept in float32; on loading they are.
+        torch.nn.Module.to(stored, torch.float16)
+        stored.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         text = json.dumps(card, indent=1, ensure_ascii=False)
