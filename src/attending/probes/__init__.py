@@ -16,6 +16,8 @@ Each probe is a module; import the one you need.
 - `attending.probes.visual_tokens`: effective rank and attention entropy of image tokens.
 - `attending.probes.set_targets`: functions on sets of keys, to see what a model learns.
 - `attending.probes.hallucination`: POPE and CHAIR, whether a model sees what is not there.
+- `attending.probes.block_profile`: which blocks of a denoiser attend to the foreground;
+  `attending.probes.foreground`: masks in tokens.
 - `attending.probes.text`: repetition and diversity of texts.
 - `attending.probes.continuations`: coherence and greedy ratio of what a model wrote.
 - `attending.probes.anomaly`: AUROC and AUPRO of anomaly maps.
