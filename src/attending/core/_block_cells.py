@@ -13,8 +13,10 @@ from attending.core.block_plan import BlockPlan, RowGroup
 
 GATHER_BYTES = 2**22  # of keys and values gathered for one call of the kernel
 # The share of key blocks from which it is quicker to show a row all keys, and hide some of them by
-# a mask with one row, than to gather those it keeps. A mask of one row costs the kernel 3 %.
-MASKED_SHARE = 0.72
+# a mask with one row, than to gather those it keeps. A mask of one row costs the kernel 3 %, and
+# gathering costs more for each query the fewer there are in a block.
+MASKED_SHARE = 0.72  # for blocks of 128 queries
+MASKED_SHARE_STEP = 0.1  # less for each halving of them
 
 
 class Part(NamedTuple):
@@ -105,7 +107,8 @@ class Cells:
 
     def _masks(self, group: RowGroup) -> bool:
         wide = self.bias is None or self.bias.shape[2] == 1
-        return wide and group.blocks.shape[1] >= MASKED_SHARE * self._key_blocks
+        share = MASKED_SHARE + MASKED_SHARE_STEP * math.log2(self.plan.block_size[0] / 128)
+        return wide and group.blocks.shape[1] >= share * self._key_blocks
 
     def _masked(self, rows: Tensor) -> Iterator[Part]:
         """Rows that see all keys of their head as they lie, but for those that a mask hides."""

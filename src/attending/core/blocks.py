@@ -30,7 +30,9 @@ from attending.core.state import AttentionState, attend, merge
 
 Backend = Literal["auto", "gather", "flex"]
 
-SMALL_MAP = 512 * 512  # queries x keys up to which a mask costs less than gathering does
+# Queries x keys up to which a mask costs less than gathering does, unless little is kept of many.
+SMALL_MAP = 512 * 512
+LITTLE, MANY = 0.45, 2**19  # density, and queries x keys over batch and heads
 
 
 class BlockStatistics(NamedTuple):
@@ -59,7 +61,7 @@ def block_sparse_attention(
     """The state of each query over the keys in the blocks that the plan keeps.
 
     Differentiable, through `output` and `lse`, in query, key and value. A plan that keeps
-    everything runs as dense attention, and one of a small map (512 x 512) as a mask.
+    everything runs as dense attention, and one that keeps much of a small map as a mask.
 
     Args:
         query, key, value: as in `attention_state`; query heads may share key heads.
@@ -96,7 +98,7 @@ def block_sparse_attention(
         return attend(query, key[:, :, :0], value[:, :, :0], scale=arguments.scale)
     if backend == "flex":
         return AttentionState(*flex_attention_over(query, key, value, plan, bias, arguments.scale))
-    if query.shape[2] * key.shape[2] <= SMALL_MAP:
+    if _is_small(query, key, plan):
         hiding, _ = check_mask(plan.visible(), query, key)
         hiding = hiding if bias is None else hiding + bias
         return attend(query, key, value, bias=hiding, scale=arguments.scale)
@@ -151,6 +153,12 @@ def block_statistics(
         mass.view(batch, heads, -1, columns)[:, :, :queries],
         maximum.view(batch, heads, rows, columns),
     )
+
+
+def _is_small(query: Tensor, key: Tensor, plan: BlockPlan) -> bool:
+    pairs = query.shape[2] * key.shape[2]
+    many = pairs * query.shape[0] * query.shape[1] >= MANY
+    return pairs <= SMALL_MAP and not (many and plan.density <= LITTLE)
 
 
 class _BlockSparse(torch.autograd.Function):
