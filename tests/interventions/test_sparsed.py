@@ -149,6 +149,22 @@ def test_generations_do_not_see_each_other(bert, told) -> None:
             assert torch.equal(one(run, prompt=prompts(1, tokens, seed)), expected)
 
 
+def test_gaps_and_an_answer_that_is_given(bert) -> None:
+    gaps = prompts(1, 61)
+    gaps[:, 3::7] = MASK
+    ways = {"new_tokens": 0, "steps": STEPS}
+    with SparseD(block_size=BLOCK)(bert) as run:
+        joint = write(bert, gaps, on_step=run.on_step, **ways)
+        assert run.new_tokens is None
+    with SparseD(block_size=BLOCK, steps=STEPS)(bert):
+        assert torch.equal(write(bert, gaps, **ways), joint)
+    with SparseD(block_size=BLOCK, new_tokens=21)(bert) as run:
+        write(bert, gaps, on_step=run.on_step, **ways)
+        assert run.new_tokens == 21
+        plan = next(iter(run.plans.values()))
+    assert (plan.block_mask[..., 5:].sum(-1) == 1).all()  # of 3 blocks, int(3 * 0.3) + 1
+
+
 def test_blocks_one_after_another(bert) -> None:
     with SparseD(block_size=BLOCK)(bert) as run:
         write(bert, prompts(), block_length=7, steps=9, on_step=run.on_step)

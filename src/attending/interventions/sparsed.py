@@ -56,6 +56,7 @@ class SparseDRun(SparseRun):
     steps: int | None
     new_tokens: int | None
     plans: dict[tuple[str, int], BlockPlan]
+    _new_tokens_given: bool
     _told: int | None = None  # the step, where the sampler says it
     _first: int | None = None  # the forward with which that step began
 
@@ -67,8 +68,9 @@ class SparseDRun(SparseRun):
         """
         if step.index == 0:
             self.plans.clear()
-        self.steps, self.new_tokens = step.steps, step.new_tokens
-        self._told, self._first = step.index, None
+        if not self._new_tokens_given:
+            self.new_tokens = step.new_tokens or None  # gaps are filled: there is no answer apart
+        self.steps, self._told, self._first = step.steps, step.index, None
 
     def restart(self) -> None:
         """The clock says that a generation begins; a sampler that tells steps knows better."""
@@ -118,7 +120,8 @@ class SparseD:
         block_size: tokens in a block. The paper's: 128 for long contexts, 32 for short.
         steps: of one generation; None if the sampler tells.
         new_tokens: how many tokens of the end are the answer; None if the sampler tells, or if
-            there is no prompt, as in a video.
+            there is no prompt, as in a video or where gaps of a text are filled. A number given
+            here goes before what the sampler tells.
         isolated: rank the prompt's blocks among themselves, see `sparsed_mask`.
         plan_step: the step that chooses the blocks, up to e; None is e. Earlier ones are for
             comparison: the answer is then nothing but masks.
@@ -171,9 +174,13 @@ class SparseD:
             return attend
 
         def new_run(name: str) -> SparseDRun:
-            clock = DenoisingClock(model, self.steps)
             return SparseDRun(
-                name, clock=clock, steps=self.steps, new_tokens=self.new_tokens, plans={}
+                name,
+                clock=DenoisingClock(model, self.steps),
+                steps=self.steps,
+                new_tokens=self.new_tokens,
+                plans={},
+                _new_tokens_given=self.new_tokens is not None,
             )
 
         return with_counters(
