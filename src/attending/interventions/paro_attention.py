@@ -23,6 +23,7 @@ rotary embedding.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ class PAROAttention:
             text_tokens=text_tokens,
             text_first=text_first,
         )
-        return cls(watch(model, run, calibration).plan())
+        watch(model, run, calibration)
+        return cls(calibration.plan())
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, and a safetensors file of the same name beside it."""
@@ -202,65 +204,64 @@ class PAROAttention:
 
 
 def watch(
-    model: nn.Module,
-    run: Callable[[], object] | Mapping[str, Any],
-    calibration: PAROCalibration,
-) -> PAROCalibration:
-    """Show a calibration two runs of a model, for plans of several densities from the same runs.
+    model: nn.Module, run: Callable[[], object] | Mapping[str, Any], *calibrations: PAROCalibration
+) -> None:
+    """Show calibrations two runs of a model: for plans of several kinds from the same runs.
 
-        calibration = watch(model, sample, PAROCalibration(grid, steps=50))
+        calibration = PAROCalibration(grid, steps=50)
+        watch(transformer, sample, calibration)
         sparse, sparser = (PAROAttention(calibration.plan(density)) for density in (0.5, 0.2))
 
     Args:
         model: a denoiser.
         run: as in `PAROAttention.calibrate`.
-        calibration: a fresh one.
-
-    Returns:
-        The same, ready for `plan`.
+        calibrations: fresh ones, which are ready for `plan` afterwards.
 
     Raises:
         ValueError: if the run had other steps, or no self-attention over these tokens.
     """
     for time in range(2):
-        seen = _Watching(calibration)
-        steps = None if _takes_timestep(model) else calibration.steps
-        clock = DenoisingClock(model, steps)
-        with evaluating(model), torch.no_grad(), clock, tap(model, seen.handler(clock)):
+        seen = [_Watching(calibration) for calibration in calibrations]
+        steps = None if _takes_timestep(model) else calibrations[0].steps
+        with ExitStack() as opened:
+            opened.enter_context(evaluating(model))
+            opened.enter_context(torch.no_grad())
+            clock = opened.enter_context(DenoisingClock(model, steps))
+            opened.enter_context(tap(model, _looking(seen, clock)))
             _ = model(**run) if isinstance(run, Mapping) else run()
-        seen.check()
-        if time == 0:
-            calibration.choose_orders()
-    return calibration
+        for one in seen:
+            one.check()
+            if time == 0:
+                one.calibration.choose_orders()
+
+
+def _looking(seen: Sequence["_Watching"], clock: DenoisingClock) -> Handler:
+    def look(call: AttentionCall, proceed: Proceed) -> Tensor:
+        for one in seen:
+            one.look(call, clock.now().step)
+        return proceed(call)
+
+    return look
 
 
 class _Watching:
-    """What one run showed."""
+    """What one calibration saw of one run."""
 
     def __init__(self, calibration: PAROCalibration) -> None:
         self.calibration = calibration
-        self.last = -1
+        self.steps = 0
         self.lengths: set[int] = set()
         self.fitting = 0
 
-    def handler(self, clock: DenoisingClock) -> Handler:
-        def look(call: AttentionCall, proceed: Proceed) -> Tensor:
-            step = clock.now().step
-            self.last = max(self.last, step)
-            if not call.is_cross:
-                self.lengths.add(call.query_length)
-                if call.query_length == call.key_length == self.calibration.tokens:
-                    self._see(call, step)
-            return proceed(call)
-
-        return look
-
-    def _see(self, call: AttentionCall, step: int) -> None:
-        if call.is_causal or _differs_by_query(call.attn_mask):
+    def look(self, call: AttentionCall, step: int) -> None:
+        self.steps = max(self.steps, step + 1)
+        if call.is_cross or call.is_causal or _differs_by_query(call.attn_mask):
             return  # stays dense later, too
-        self.fitting += 1
-        bias, scale = hiding(call.attn_mask), call.softmax_scale
-        self.calibration.see(call.name, step, call.query, call.key, bias=bias, scale=scale)
+        self.lengths.add(call.query_length)
+        if call.query_length == call.key_length == self.calibration.tokens:
+            self.fitting += 1
+            bias, scale = hiding(call.attn_mask), call.softmax_scale
+            self.calibration.see(call.name, step, call.query, call.key, bias=bias, scale=scale)
 
     def check(self) -> None:
         if not self.fitting:
@@ -268,9 +269,9 @@ class _Watching:
                 f"grid: expected one that with text_tokens has the tokens of a self-attention, got "
                 f"{self.calibration.tokens}, where the model has {sorted(self.lengths)}."
             )
-        if self.last + 1 != self.calibration.steps:
+        if self.steps != self.calibration.steps:
             raise ValueError(
-                f"steps: expected {self.last + 1}, as many as the run had, got "
+                f"steps: expected {self.steps}, as many as the run had, got "
                 f"{self.calibration.steps}."
             )
 
