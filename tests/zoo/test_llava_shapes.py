@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import attending as at
 from attending import zoo
 from attending.zoo import llava_shapes, shapes, shapes_tasks
-from attending.zoo.recipes.llava_shapes import CHECKPOINT, LlavaShapesRecipe, build_model, train
+from attending.zoo.recipes.llava_shapes import LlavaShapesRecipe, build_model, train
 from attending.zoo.recipes.llava_shapes_data import (
     IGNORED,
     dense_targets,
@@ -26,6 +26,7 @@ from attending.zoo.recipes.llava_shapes_data import (
 from attending.zoo.recipes.llava_shapes_export import caption_scores, export, yes_no_scores
 from attending.zoo.recipes.llava_shapes_trainee import Trainee
 from attending.zoo.recipes.training_attention import fast_attention, training_attention
+from attending.zoo.recipes.training_loop import CHECKPOINT
 from attending.zoo.recipes.two_optimizers import TwoOptimizers
 from attending.zoo.shapes_processor import ShapesProcessor
 

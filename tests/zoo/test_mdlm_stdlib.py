@@ -21,7 +21,6 @@ from attending.zoo import llama_stdlib, mdlm_stdlib
 from attending.zoo.recipes.byte_bpe import encode_document
 from attending.zoo.recipes.llama_stdlib_export import average
 from attending.zoo.recipes.mdlm_stdlib import (
-    CHECKPOINT,
     MdlmStdlibRecipe,
     backward,
     build_model,
@@ -33,6 +32,7 @@ from attending.zoo.recipes.mdlm_stdlib import (
 )
 from attending.zoo.recipes.mdlm_stdlib_export import RATIOS, export, measure
 from attending.zoo.recipes.stdlib_text import Document, is_held_out, read_documents
+from attending.zoo.recipes.training_loop import CHECKPOINT
 
 TINY = MdlmStdlibRecipe(
     hidden=16,

@@ -15,7 +15,6 @@ from attending.zoo import llama_stdlib
 from attending.zoo.recipes.bits_per_byte import compression_baselines, total_nats
 from attending.zoo.recipes.byte_bpe import train_tokenizer
 from attending.zoo.recipes.llama_stdlib import (
-    CHECKPOINT,
     LlamaStdlibRecipe,
     backward,
     build_model,
@@ -24,6 +23,7 @@ from attending.zoo.recipes.llama_stdlib import (
 from attending.zoo.recipes.llama_stdlib_export import export
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import is_held_out, read_documents, split
+from attending.zoo.recipes.training_loop import CHECKPOINT
 
 TINY = LlamaStdlibRecipe(
     vocabulary=300,

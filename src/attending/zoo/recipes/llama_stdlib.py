@@ -7,26 +7,22 @@ a stopped training that is started again goes on as if it had never stopped.
 """
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from attending.zoo.recipes.bits_per_byte import bits_per_byte, total_nats
 from attending.zoo.recipes.byte_bpe import encode_document, train_tokenizer
-from attending.zoo.recipes.checkpoint import load_checkpoint, read_state, save_checkpoint
-from attending.zoo.recipes.machine import describe_machine
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import Document, read_documents, split
+from attending.zoo.recipes.training_loop import CHECKPOINT, OneOptimizer, run_steps
 
-CHECKPOINT = "checkpoint.safetensors"
 # Rows of the output layer evaluated at once: their logits then stay in the processor's cache,
 # which makes a training step faster than one product over the whole batch.
 LOGIT_ROWS = 128
@@ -85,6 +81,10 @@ class LlamaStdlibRecipe:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_learning_rate + height * (self.learning_rate - self.final_learning_rate)
+
+    def rate_at(self, step: int) -> float:
+        """The same as a share of the highest rate."""
+        return self.learning_rate_at(step) / self.learning_rate
 
     def batch_at(self, data: PackedTokens, step: int) -> Tensor:
         """The rows of one step: a function of the step alone, so that resuming is exact."""
@@ -172,15 +172,6 @@ def load_corpus(
     return data, {"fingerprint": data.fingerprint, "training_tokens": len(stream)}
 
 
-def check_same(part: str, expected: object, got: object, checkpoint: Path) -> None:
-    """Refuse to mix a stored run with another recipe or another standard library."""
-    if expected != got:
-        raise ValueError(
-            f"expected the {part} of the run in {checkpoint}, {expected}, got {got}; choose "
-            "another out_dir, or train afresh with resume=False"
-        )
-
-
 def train(
     out_dir: str | Path,
     recipe: LlamaStdlibRecipe | None = None,
@@ -201,8 +192,7 @@ def train(
         on_step: Called with the number of finished steps and the loss of the last one.
 
     Returns:
-        ``losses`` (one per step) and the state of the checkpoint: ``step``, ``recipe``,
-        ``seconds``, ``curve``, ``corpus``, ``machine``.
+        As :func:`attending.zoo.recipes.training_loop.run_steps`, with ``corpus``.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -224,54 +214,31 @@ def train(
     data, corpus = load_corpus(tokenizer, training, recipe.seed)
 
     model = build_model(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(
+    adam = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    state: dict[str, Any] = {
-        "step": 0,
-        "recipe": asdict(recipe),
-        "corpus": corpus,
-        "machine": describe_machine(),
-        "seconds": 0.0,
-        "curve": [],
-    }
-    losses: list[float] = []
-    if resuming:
-        stored = read_state(checkpoint)
-        for part in ("recipe", "corpus"):
-            check_same(part, stored[part], state[part], checkpoint)
-        state, losses = stored, load_checkpoint(checkpoint, model, optimizer)
 
-    began = time.perf_counter() - state["seconds"]
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        bar = progress.add_task("", total=recipe.steps, completed=state["step"])
-        for step in range(state["step"], recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(step)
-            losses.append(backward(model, recipe.batch_at(data, step), recipe.bfloat16))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            finished = step + 1
-            progress.update(bar, completed=finished, description=f"loss {losses[-1]:.3f}")
-            if finished % recipe.evaluate_every == 0 or finished == recipe.steps:
-                recent = losses[state["step"] :]
-                quick = quick_bits_per_byte(model, tokenizer, held_out, recipe)
-                point = {
-                    "step": finished,
-                    "training_loss": sum(recent) / len(recent),
-                    "held_out_starts_bits_per_byte": quick,
-                }
-                curve, seconds = [*state["curve"], point], time.perf_counter() - began
-                state = {**state, "step": finished, "seconds": seconds, "curve": curve}
-                save_checkpoint(checkpoint, model, optimizer, losses, state)
-                progress.console.print(f"step {finished}: {quick:.3f} held-out bits per byte")
-                if export_to is not None:
-                    write_weights(model, tokenizer, Path(export_to), {"finished": False, **state})
-            if on_step is not None:
-                on_step(finished, losses[-1])
-    return {**state, "losses": losses}
+    def measure(_: int) -> dict[str, float]:
+        quick = quick_bits_per_byte(model, tokenizer, held_out, recipe)
+        return {"held_out_starts_bits_per_byte": quick}
+
+    def publish(state: dict[str, Any]) -> None:
+        if export_to is not None:
+            write_weights(model, tokenizer, Path(export_to), {"finished": False, **state})
+
+    return run_steps(
+        out,
+        model,
+        recipe,
+        lambda step: backward(model, recipe.batch_at(data, step), recipe.bfloat16),
+        measure,
+        optimizer=OneOptimizer(adam),
+        resume=resume,
+        facts={"corpus": corpus},
+        publish=publish,
+        on_step=on_step,
+    )

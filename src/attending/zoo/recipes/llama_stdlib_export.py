@@ -86,12 +86,11 @@ def export(out_dir: str | Path, folder: str | Path, *, root: Path | None = None)
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from attending.zoo.recipes.llama_stdlib import (
-        CHECKPOINT,
         LlamaStdlibRecipe,
         build_model,
-        check_same,
         load_corpus,
     )
+    from attending.zoo.recipes.training_loop import CHECKPOINT, check_same
 
     checkpoint, target = Path(out_dir) / CHECKPOINT, Path(folder)
     if not checkpoint.exists():

@@ -10,17 +10,14 @@ trained together on text, the naming going on as a smaller second loss.  A stopp
 is started again goes on as if it had never stopped.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress
-from torch import Tensor, nn
+from torch import Tensor
 
-from attending.zoo.recipes.checkpoint import load_checkpoint, read_state, save_checkpoint
 from attending.zoo.recipes.llava_shapes_data import (
     SEEDS,
     STEPS,
@@ -31,11 +28,9 @@ from attending.zoo.recipes.llava_shapes_data import (
     pixels,
 )
 from attending.zoo.recipes.llava_shapes_trainee import Trainee
-from attending.zoo.recipes.machine import describe_machine
 from attending.zoo.recipes.training_attention import fast_attention
-from attending.zoo.recipes.two_optimizers import TwoOptimizers, share_of_rate
-
-CHECKPOINT = "checkpoint.safetensors"
+from attending.zoo.recipes.training_loop import run_steps
+from attending.zoo.recipes.two_optimizers import share_of_rate
 
 
 @dataclass(frozen=True)
@@ -175,15 +170,6 @@ def step_loss(
     return text + recipe.dense_weight * dense, text
 
 
-def check_same(part: str, expected: object, got: object, checkpoint: Path) -> None:
-    """Refuse to mix a stored run with another recipe."""
-    if expected != got:
-        raise ValueError(
-            f"expected the {part} of the run in {checkpoint}, {expected}, got {got}; choose "
-            "another out_dir, or train afresh with resume=False"
-        )
-
-
 def train(
     out_dir: str | Path,
     recipe: LlavaShapesRecipe | None = None,
@@ -202,61 +188,40 @@ def train(
         on_step: Called with the number of finished steps and the loss of the last one.
 
     Returns:
-        ``losses`` (one per step) and the state of the checkpoint: ``step``, ``recipe``,
-        ``seconds``, ``curve``, ``machine``.
+        As :func:`attending.zoo.recipes.training_loop.run_steps`.
     """
     from attending.zoo.recipes.llava_shapes_export import quick_accuracy
     from attending.zoo.recipes.weights_folder import write_weights
 
     recipe = LlavaShapesRecipe() if recipe is None else recipe
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
     tokenizer = make_tokenizer()
     model = build_model(recipe, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         trainee = Trainee(model, recipe.hidden)
-    optimizer = TwoOptimizers.of(trainee, recipe)
-    state: dict[str, Any] = {
-        "step": 0,
-        "recipe": asdict(recipe),
-        "machine": describe_machine(),
-        "seconds": 0.0,
-        "curve": [],
-    }
-    losses: list[float] = []
-    if resume and checkpoint.exists():
-        stored = read_state(checkpoint)
-        check_same("recipe", stored["recipe"], state["recipe"], checkpoint)
-        state, losses = stored, load_checkpoint(checkpoint, trainee, optimizer)
 
-    trainee.train()
-    began = time.perf_counter() - state["seconds"]
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        bar = progress.add_task("", total=recipe.steps, completed=state["step"])
-        for step in range(state["step"], recipe.steps):
-            optimizer.set_rate(recipe.rate_at(step))
-            with fast_attention(model):
-                loss, shown = step_loss(trainee, tokenizer, recipe, step)
-                torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(trainee.parameters(), recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(shown.item())
-            finished = step + 1
-            progress.update(bar, completed=finished, description=f"loss {losses[-1]:.3f}")
-            if finished % recipe.evaluate_every == 0 or finished == recipe.steps:
-                recent = losses[state["step"] :]
-                point = {"step": finished, "training_loss": sum(recent) / len(recent)}
-                if finished > recipe.vision_steps:
-                    point["held_out_accuracy"] = quick_accuracy(model, tokenizer)
-                curve, seconds = [*state["curve"], point], time.perf_counter() - began
-                state = {**state, "step": finished, "seconds": seconds, "curve": curve}
-                save_checkpoint(checkpoint, trainee, optimizer, losses, state)
-                progress.console.print(f"{seconds:.0f} s: {point}")
-                if export_to is not None:
-                    write_weights(model, tokenizer, Path(export_to), {"finished": False, **state})
-            if on_step is not None:
-                on_step(finished, losses[-1])
-    return {**state, "losses": losses}
+    def backward(step: int) -> float:
+        with fast_attention(model):
+            loss, shown = step_loss(trainee, tokenizer, recipe, step)
+            torch.autograd.backward(loss)
+        return shown.item()
+
+    def measure(finished: int) -> dict[str, float]:
+        if finished <= recipe.vision_steps:
+            return {}
+        return {"held_out_accuracy": quick_accuracy(model, tokenizer)}
+
+    def publish(state: dict[str, Any]) -> None:
+        if export_to is not None:
+            write_weights(model, tokenizer, Path(export_to), {"finished": False, **state})
+
+    return run_steps(
+        Path(out_dir),
+        trainee,
+        recipe,
+        backward,
+        measure,
+        resume=resume,
+        publish=publish,
+        on_step=on_step,
+    )

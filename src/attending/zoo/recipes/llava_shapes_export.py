@@ -12,12 +12,12 @@ from attending.zoo import llava_shapes
 from attending.zoo.entry import ZooModel
 from attending.zoo.recipes.checkpoint import load_checkpoint, read_state
 from attending.zoo.recipes.llava_shapes import (
-    CHECKPOINT,
     LlavaShapesRecipe,
     build_model,
 )
 from attending.zoo.recipes.llava_shapes_data import make_tokenizer
 from attending.zoo.recipes.llava_shapes_trainee import Trainee
+from attending.zoo.recipes.training_loop import CHECKPOINT
 from attending.zoo.recipes.weights_folder import write_weights
 from attending.zoo.shapes import (
     DESCRIBE,

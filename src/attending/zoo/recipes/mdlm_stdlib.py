@@ -21,36 +21,30 @@ there at the first step.  Unlike Dream, the token at a position is predicted at 
 """
 
 import hashlib
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
 from attending.zoo import llama_stdlib
 from attending.zoo.mdlm_stdlib import load_tokenizer
 from attending.zoo.recipes.bits_per_byte import bits_per_byte
 from attending.zoo.recipes.byte_bpe import encode_document
-from attending.zoo.recipes.checkpoint import load_checkpoint, read_state, save_checkpoint
 from attending.zoo.recipes.llama_stdlib import (
     QUICK_CHARACTERS,
     backward_from_states,
-    check_same,
     load_corpus,
 )
-from attending.zoo.recipes.machine import describe_machine
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import Document, read_documents, split
 from attending.zoo.recipes.training_attention import fast_attention
-from attending.zoo.recipes.two_optimizers import TwoOptimizers, share_of_rate
-
-CHECKPOINT = "checkpoint.safetensors"
+from attending.zoo.recipes.training_loop import run_steps
+from attending.zoo.recipes.two_optimizers import share_of_rate
 
 
 @dataclass(frozen=True)
@@ -283,74 +277,45 @@ def train(
         on_step: Called with the number of finished steps and the loss of the last one.
 
     Returns:
-        ``losses`` (one per step) and the state of the checkpoint: ``step``, ``recipe``,
-        ``seconds``, ``curve``, ``corpus``, ``start``, ``machine``.
+        As :func:`attending.zoo.recipes.training_loop.run_steps`, with ``corpus`` and ``start``.
     """
     from attending.zoo.recipes.weights_folder import write_weights
 
     recipe = MdlmStdlibRecipe() if recipe is None else recipe
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
     training, held_out = split(read_documents(root), recipe.held_out_per_mille)
     tokenizer = load_tokenizer()
     data, corpus = load_corpus(tokenizer, training, recipe.seed)
     model = build_model(recipe, tokenizer)
-    optimizer = TwoOptimizers.of(model, recipe)
-    state: dict[str, Any] = {
-        "step": 0,
-        "recipe": asdict(recipe),
-        "corpus": corpus,
-        "start": start_of(recipe),
-        "machine": describe_machine(),
-        "seconds": 0.0,
-        "curve": [],
-    }
-    losses: list[float] = []
-    if resume and checkpoint.exists():
-        stored = read_state(checkpoint)
-        for part in ("recipe", "corpus", "start"):
-            check_same(part, stored[part], state[part], checkpoint)
-        state, losses = stored, load_checkpoint(checkpoint, model, optimizer)
 
-    model.train()
-    began = time.perf_counter() - state["seconds"]
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        bar = progress.add_task("", total=recipe.steps, completed=state["step"])
-        for step in range(state["step"], recipe.steps):
-            optimizer.set_rate(recipe.rate_at(step))
-            tokens = recipe.batch_at(data, step)
-            can = torch.ones_like(tokens, dtype=torch.bool)
-            can[:, 0] = False
-            generator = step_generator(recipe, step)
-            offset = torch.rand((), generator=generator, dtype=torch.float64).item()
-            masked = choose_masked(can, spread_times(len(tokens), offset), generator)
-            with fast_attention(model):
-                losses.append(
-                    backward(model, tokens, masked, tokenizer.mask_token_id, recipe.bfloat16)
-                )
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            finished = step + 1
-            progress.update(bar, completed=finished, description=f"loss {losses[-1]:.3f}")
-            if finished % recipe.evaluate_every == 0 or finished == recipe.steps:
-                recent = losses[state["step"] :]
-                quick = quick_bits_per_byte(model, tokenizer, held_out, recipe)
-                point = {
-                    "step": finished,
-                    "training_loss": sum(recent) / len(recent),
-                    "held_out_starts_bits_per_byte": quick,
-                }
-                curve, seconds = [*state["curve"], point], time.perf_counter() - began
-                state = {**state, "step": finished, "seconds": seconds, "curve": curve}
-                save_checkpoint(checkpoint, model, optimizer, losses, state)
-                progress.console.print(f"{seconds:.0f} s, step {finished}: {point}")
-                if export_to is not None:
-                    write_weights(model, None, Path(export_to), {"finished": False, **state})
-            if on_step is not None:
-                on_step(finished, losses[-1])
-    return {**state, "losses": losses}
+    def one_step(step: int) -> float:
+        tokens = recipe.batch_at(data, step)
+        can = torch.ones_like(tokens, dtype=torch.bool)
+        can[:, 0] = False
+        generator = step_generator(recipe, step)
+        offset = torch.rand((), generator=generator, dtype=torch.float64).item()
+        masked = choose_masked(can, spread_times(len(tokens), offset), generator)
+        with fast_attention(model):
+            return backward(model, tokens, masked, tokenizer.mask_token_id, recipe.bfloat16)
+
+    def measure(_: int) -> dict[str, float]:
+        quick = quick_bits_per_byte(model, tokenizer, held_out, recipe)
+        return {"held_out_starts_bits_per_byte": quick}
+
+    def publish(state: dict[str, Any]) -> None:
+        if export_to is not None:
+            write_weights(model, None, Path(export_to), {"finished": False, **state})
+
+    return run_steps(
+        Path(out_dir),
+        model,
+        recipe,
+        one_step,
+        measure,
+        resume=resume,
+        facts={"corpus": corpus, "start": start_of(recipe)},
+        publish=publish,
+        on_step=on_step,
+    )
 
 
 def start_of(recipe: MdlmStdlibRecipe) -> dict[str, Any]:

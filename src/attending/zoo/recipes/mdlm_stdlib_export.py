@@ -19,10 +19,8 @@ from attending.zoo import llama_stdlib, mdlm_stdlib
 from attending.zoo.recipes.bits_per_byte import bits_per_byte
 from attending.zoo.recipes.byte_bpe import encode_document
 from attending.zoo.recipes.checkpoint import load_checkpoint, read_state
-from attending.zoo.recipes.llama_stdlib import check_same
 from attending.zoo.recipes.llama_stdlib_export import TABLES, average
 from attending.zoo.recipes.mdlm_stdlib import (
-    CHECKPOINT,
     MdlmStdlibRecipe,
     build_model,
     choose_masked,
@@ -33,6 +31,7 @@ from attending.zoo.recipes.mdlm_stdlib import (
 )
 from attending.zoo.recipes.packing import PackedTokens
 from attending.zoo.recipes.stdlib_text import LICENSE, Document, read_documents, split
+from attending.zoo.recipes.training_loop import CHECKPOINT, check_same
 from attending.zoo.recipes.weights_folder import write_weights
 
 RATIOS = (0.15, 0.3, 0.5, 0.7, 0.9)

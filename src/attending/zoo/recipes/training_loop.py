@@ -4,16 +4,67 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from rich.progress import MofNCompleteColumn, Progress
 from torch import nn
 
-from attending.zoo.recipes.checkpoint import load_checkpoint, read_state, save_checkpoint
+from attending.zoo.recipes.checkpoint import (
+    Resumable,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from attending.zoo.recipes.machine import describe_machine
 from attending.zoo.recipes.two_optimizers import TwoOptimizers
 
 CHECKPOINT = "checkpoint.safetensors"
+
+
+class Stepping(Resumable, Protocol):
+    """An optimizer whose rate is set before each step."""
+
+    def set_rate(self, share: float) -> None:
+        """Set the learning rate to a share of the full one."""
+        ...
+
+    def step(self) -> None:
+        """Change the parameters that have gradients."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        ...
+
+
+class OneOptimizer:
+    """An optimizer of PyTorch, its rates set as shares of those that it was made with."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.full = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rate(self, share: float) -> None:
+        """Set the learning rates to a share of the full ones."""
+        for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
+            group["lr"] = share * full
+
+    def step(self) -> None:
+        """Change the parameters that have gradients."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self.optimizer.load_state_dict(state_dict)
 
 
 def check_same(part: str, expected: object, got: object, checkpoint: Path) -> None:
@@ -32,13 +83,14 @@ def run_steps(
     backward: Callable[[int], float],
     measure: Callable[[int], Mapping[str, float]],
     *,
+    optimizer: Stepping | None = None,
     resume: bool = True,
     facts: Mapping[str, Any] | None = None,
     publish: Callable[[dict[str, Any]], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train with Muon and AdamW, measuring and saving every ``recipe.evaluate_every`` steps.
+    """Train step by step, measuring and saving every ``recipe.evaluate_every`` steps.
 
     What a step does must be a function of its number alone; then a halted run that is started
     again ends as if it had never halted.
@@ -46,10 +98,11 @@ def run_steps(
     Args:
         out: The folder of the checkpoint; made if it is not there.
         trainee: Everything that is trained.
-        recipe: A dataclass with ``steps``, ``evaluate_every``, ``clip``, ``rate_at(step)`` and the
-            settings of :class:`TwoOptimizers`.
+        recipe: A dataclass with ``steps``, ``evaluate_every``, ``clip``, ``rate_at(step)`` and, for
+            the default optimizer, the settings of :class:`TwoOptimizers`.
         backward: From the number of a step to its loss; gradients land in the trainee.
         measure: From the number of finished steps to what the curve tells beside the loss.
+        optimizer: Of the trainee's parameters; Muon and AdamW by default.
         resume: Go on from the checkpoint if there is one.
         facts: What a run must share with its checkpoint besides the recipe, for JSON.
         publish: Called with the state after each measurement.
@@ -62,7 +115,7 @@ def run_steps(
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / CHECKPOINT
-    optimizer = TwoOptimizers.of(trainee, recipe)
+    optimizer = TwoOptimizers.of(trainee, recipe) if optimizer is None else optimizer
     fixed = {"recipe": asdict(recipe), **(facts or {})}
     state: dict[str, Any] = {
         "step": 0,
