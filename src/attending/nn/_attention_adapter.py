@@ -27,9 +27,10 @@ class Operator:
     """What an operator is and what it can do.
 
     The function is called as `function(query, key, value, attn_mask=, is_causal=, scale=,
-    enable_gqa=)`. Of the keywords, those that its signature lacks are left out: without `scale`
-    the scale of the model does not apply to it, without `enable_gqa` it gets repeated keys and
-    values, and without `attn_mask` or `is_causal` the table has to say that it cannot use them.
+    enable_gqa=, module=)`, the last of which is the layer. Of the keywords, those that its
+    signature lacks are left out: without `scale` the scale of the model does not apply to it,
+    without `enable_gqa` it gets repeated keys and values, and without `attn_mask` or `is_causal`
+    the table has to say that it cannot use them.
 
     Attributes:
         function: `"module:function"`, imported when it is registered.
@@ -110,7 +111,7 @@ class Adapter:
         options: Mapping[str, object],
     ) -> None:
         parameters = inspect.signature(function).parameters
-        given = {"query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa"}
+        given = {"query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa", "module"}
         allowed = sorted(set(parameters) - given)
         for option in options:
             if option not in allowed:
@@ -228,6 +229,7 @@ class Adapter:
             "is_causal": is_causal,
             "scale": call.scale,
             "enable_gqa": grouped,
+            "module": call.module,
         }
         known = {name: value for name, value in keywords.items() if name in self._knows}
         return self._function(query, key, value, **known)
