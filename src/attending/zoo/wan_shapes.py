@@ -49,10 +49,11 @@ def load(
         ) from error
 
     path = folder() if path is None else path
-    model = WanTransformer3DModel.from_pretrained(
-        path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-    ).eval()
-    text = CaptionEmbedding.load(path).to(dtype)
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn, to be overwritten at once
+        model = WanTransformer3DModel.from_pretrained(
+            path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        ).eval()
+        text = CaptionEmbedding.load(path).to(dtype)
     if device is not None:
         torch.nn.Module.to(model, device)
         text.to(device)
