@@ -5,7 +5,8 @@ from any two neighbouring points of the path its jump to the end of the phase ar
 place; the step between the two is made by the teacher. One phase is consistency distillation, as
 many phases as steps is plain distillation of the Euler sampler.
 
-    solver = PhasedConsistencySolver(flow_sigmas(1000, shift=3.0), steps=50, phases=4)
+    levels = noise_levels(1000, shift=3.0)[:-1].flip(0)      # of attending.diffusion, ascending
+    solver = PhasedConsistencySolver(levels, steps=50, phases=4)
     index = torch.randint(50, (batch,))
     loss = phased_consistency_loss(
         solver, data, noise, index, student=student, teacher=teacher, average=ema
@@ -26,24 +27,6 @@ from attending.losses._batch import along_batch
 
 VelocityModel = Callable[[Float[Tensor, "batch *shape"], Float[Tensor, " batch"]], Tensor]
 """Predicts the velocity `noise - data` from a noisy sample and its sigma."""
-
-
-def flow_sigmas(train_steps: int, shift: float = 1.0) -> Float[Tensor, " train_steps"]:
-    """The noise levels of flow matching, ascending, the last one 1, in float64.
-
-        s = (i + 1) / train_steps,   sigma = shift s / (1 + (shift - 1) s)
-
-    Args:
-        train_steps: how many.
-        shift: above 1 for more noise at the same step, as for large videos.
-    """
-    if train_steps < 1 or not shift > 0:
-        raise ValueError(
-            "train_steps, shift: expected at least 1 and a positive number, got "
-            f"{train_steps} and {shift}."
-        )
-    share = torch.arange(1, train_steps + 1, dtype=torch.float64) / train_steps
-    return shift * share / (1 + (shift - 1) * share)
 
 
 def phase_start(index: Int[Tensor, " batch"], steps: int, phases: int) -> Int[Tensor, " batch"]:
@@ -94,7 +77,8 @@ class PhasedConsistencySolver:
         if not count or bool((sigmas.diff() <= 0).any()) or not bool(sigmas[0] > 0):
             raise ValueError(
                 "sigmas: expected noise levels that ascend from above 0, got "
-                f"{list(sigmas.shape)} from {sigmas.flatten()[:1].tolist()}. See flow_sigmas."
+                f"{list(sigmas.shape)} from {sigmas.flatten()[:1].tolist()}. Take "
+                "attending.diffusion.noise_levels(...)[:-1].flip(0)."
             )
         if steps < 1 or count % steps:
             raise ValueError(f"steps: expected a divisor of the {count} noise levels, got {steps}.")
