@@ -22,6 +22,7 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.circular_window`: image tokens look at a circle around them (CLEAR).
 - `attending.interventions.frame_reference_attention`: frames of a video see a few others, by layer;
   `layer_search` finds the sparsest plan that each layer can afford (Efficient-vDiT).
+- `attending.interventions.paro_attention`: an order of the tokens for each head, and fixed blocks.
 - `attending.interventions.attention_calibration`: damp the attention sinks of a prompt (ACT).
 - `attending.interventions.head_selection`: which heads are worth calibrating, from data.
 - `attending.interventions.visual_attention_redistribution`: from sinks to the image (VAR).
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from attending.interventions.layer_search import search_layer_masks as search_layer_masks
     from attending.interventions.logit_scaling import LogitScaling as LogitScaling
     from attending.interventions.output_cache import FORA as FORA
+    from attending.interventions.paro_attention import PAROAttention as PAROAttention
     from attending.interventions.rectified_attention import RectifiedAttention as RectifiedAttention
     from attending.interventions.settings import load_settings as load_settings
     from attending.interventions.settings import save_settings as save_settings
@@ -104,6 +106,7 @@ _MODULES = {
     "InterventionWarning": "intervention",
     "LogitScaling": "logit_scaling",
     "Moment": "denoising",
+    "PAROAttention": "paro_attention",
     "ProfilingCache": "feature_cache",
     "PyramidAttentionBroadcast": "diffusers_caches",
     "RectifiedAttention": "rectified_attention",

@@ -53,6 +53,8 @@ class PAROAttention:
         quant: also simulate "int8" or "int4" in both products; slow. With `plan.dense()` it is
             quantisation alone.
         groups: entries of the map that share a scale, with `quant`: "block", "row" or "fixed".
+        quant_block: along each side of a block of them. A block of 64 x 64 is smaller than a row
+            only where there are more than 4096 keys.
         renormalize: see `attending.sparse.paro.paro_attention`. False costs dense attention.
     """
 
@@ -60,6 +62,7 @@ class PAROAttention:
     steps: int | None = None
     quant: Quant | None = None
     groups: MapGroups = "block"
+    quant_block: int = 64
     renormalize: bool = True
 
     def __call__(self, model: nn.Module) -> Counted[SparseRun]:
@@ -187,6 +190,7 @@ class PAROAttention:
             steps=self.steps,
             quant=self.quant,
             groups=self.groups,
+            quant_block=self.quant_block,
             renormalize=self.renormalize,
             bias=mask,
             scale=call.softmax_scale,

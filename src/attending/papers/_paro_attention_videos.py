@@ -10,19 +10,20 @@ the same two calibration runs:
 - `window`: blocks near the diagonal, for all heads, steps and videos.
 
 And with all blocks, quantised: `block` (64 x 64 cells of the map share a scale) in the orders of
-`paro`, `fhw` the same without an order, `row` (a query's keys share one).
+`paro`, `fhw` the same without an order, `row` (a query's keys share one), and `small`, `block` with
+blocks as small as those of the masks. 64 x 64 cells are more than one of our rows has, and fewer
+than one of the paper's.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from attending.core.block_plan import BlockPlan
 from attending.interventions.block_sparse import BlockSparse, Planner
 from attending.interventions.paro_attention import PAROAttention, watch
 from attending.papers._video_trial import Method, VideoTrial, video_trial
 from attending.sparse.axis_order import axis_orders
+from attending.sparse.paro import Quant
 from attending.sparse.paro_calibration import PAROCalibration
-from attending.sparse.quantised_attention import MapGroups
 from attending.sparse.window import window_plan
 from attending.zoo.entry import ZooModel
 from attending.zoo.shapes_motion import make_moving_scenes
@@ -106,14 +107,14 @@ def methods_of(
         plan = window_plan(tokens, tokens, block_size=block_size, width=round(density * blocks))
         methods[f"window_{percent}"] = BlockSparse(_always(plan))
     ordered, plain = (calibrations[name].plan(1.0) for name in ("paro", "fhw"))
-    kinds: dict[str, tuple[Any, MapGroups]] = {
-        "block": (ordered, "block"),
-        "fhw": (plain, "block"),
-        "row": (plain, "row"),
-    }
-    for name, (plan, groups) in kinds.items():
-        methods[f"int8_{name}"] = PAROAttention(plan, quant="int8", groups=groups)
-        methods[f"int4_{name}"] = PAROAttention(plan, quant="int4", groups=groups)
+    both: tuple[Quant, Quant] = ("int8", "int4")
+    for bits in both:
+        methods |= {
+            f"{bits}_block": PAROAttention(ordered, quant=bits),
+            f"{bits}_small": PAROAttention(ordered, quant=bits, quant_block=block_size),
+            f"{bits}_fhw": PAROAttention(plain, quant=bits),
+            f"{bits}_row": PAROAttention(plain, quant=bits, groups="row"),
+        }
     return methods
 
 

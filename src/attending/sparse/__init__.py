@@ -12,4 +12,7 @@ Pure functions of features, attention and grids; what acts on their choice lives
 - `attending.sparse.circular_window`: image tokens see a circle around them and all text (CLEAR);
   `square_tiles` has the plan of blocks for that, `image_tokens` where the tokens of a model lie,
   `halo_exchange` the same with the rows of an image over several devices.
+- `attending.sparse.paro`: an order of the tokens for each head, and fixed blocks (PAROAttention);
+  made by `paro_calibration` from `axis_order`, `order_scores` and `static_mask`.
+- `attending.sparse.quantised_attention`: INT8 and INT4 attention, simulated.
 """

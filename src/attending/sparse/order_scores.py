@@ -46,6 +46,9 @@ from attending.sparse.axis_order import (
 from attending.sparse.block_scores import SLAB_SCORES
 from attending.sparse.static_mask import blocks_without_text, static_block_mask
 
+Rows = Callable[[int, int], Tensor]
+"""Rows of a map from the first number to the one before the second."""
+
 
 class OrderStatistics(NamedTuple):
     """What the blocks of a map hold, in each order of the grid. Blocks with text are left out.
@@ -121,17 +124,22 @@ def order_statistics(
     query, key = query.to(dtype) * arguments.scale, key.to(dtype)
     bias = None if bias is None else check_mask(bias, query, key)[0]
 
-    def rows(index: Tensor, start: int, stop: int) -> Tensor:
-        asked = permute_tokens(query, index)[:, :, start:stop]
-        columns = permute_tokens(key, index).repeat_interleave(groups, 1)
-        scores = asked @ columns.mT
-        return torch.softmax(
-            scores if bias is None else scores + permute_key_bias(bias, index), -1
-        ).nan_to_num(0.0)  # of queries that see nothing
+    def ordered(index: Tensor) -> Rows:
+        asked = permute_tokens(query, index)
+        columns = permute_tokens(key, index).repeat_interleave(groups, 1).mT
+        hiding = None if bias is None else permute_key_bias(bias, index)
+
+        def rows(start: int, stop: int) -> Tensor:
+            scores = asked[:, :, start:stop] @ columns
+            if hiding is None:
+                return torch.softmax(scores, -1)
+            return torch.softmax(scores + hiding, -1).nan_to_num(0.0)  # queries that see nothing
+
+        return rows
 
     size = query.shape[0] * query.shape[1]
     return _statistics(
-        rows, query.shape[2], size, grid, block_size, eps, text_tokens, text_first, query.device
+        ordered, query.shape[2], size, grid, block_size, eps, text_tokens, text_first, query.device
     )
 
 
@@ -159,12 +167,12 @@ def order_statistics_of_map(
             f"attention: expected maps [batch, heads, tokens, tokens], got {list(attention.shape)}."
         )
 
-    def rows(index: Tensor, start: int, stop: int) -> Tensor:
-        return attention[:, :, index[0, start:stop]][..., index[0]]
+    def ordered(index: Tensor) -> Rows:
+        return lambda start, stop: attention[:, :, index[0, start:stop]][..., index[0]]
 
     size = attention.shape[0] * attention.shape[1]
     return _statistics(
-        rows,
+        ordered,
         attention.shape[2],
         size,
         grid,
@@ -213,7 +221,7 @@ def _shares(numbers: Tensor) -> Tensor:
 
 
 def _statistics(
-    rows: Callable[[Tensor, int, int], Tensor],
+    ordered: Callable[[Tensor], Rows],
     tokens: int,
     maps: int,
     grid: Sequence[int],
@@ -244,9 +252,9 @@ def _statistics(
             )
         start, stop = first * block_size, min(last * block_size, tokens)
         step = block_size * max(1, SLAB_SCORES // max(1, maps * block_size * tokens))
-        slabs = []
+        slabs, rows = [], ordered(index)
         for row in range(start, stop, step):
-            slab = rows(index, row, min(row + step, stop))[..., start:stop]
+            slab = rows(row, min(row + step, stop))[..., start:stop]
             slabs.append(tuple(_of_blocks(slab, block_size, eps)))
         found.append([torch.cat(part, -2) for part in zip(*slabs, strict=True)])
     sides = _cells(stop - start, block_size, found[0][0])
@@ -258,16 +266,13 @@ def _of_blocks(slab: Tensor, size: int, eps: float) -> Iterator[Tensor]:
     """Of each block of some rows how many cells are below eps, the maximum and the sum."""
     height, width = slab.shape[-2:]
     room = (0, -width % size, 0, -height % size)
-    filled = pad(slab, room)  # probabilities: a zero changes neither sum nor maximum
-    small = pad((slab < eps).to(slab.dtype), room)
-
-    def blocks(values: Tensor) -> Tensor:
-        cut: Tensor = values.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
-        return cut
-
-    yield blocks(small).sum((-1, -3))
-    yield blocks(filled).amax((-1, -3))
-    yield blocks(filled).sum((-1, -3))
+    small = (slab < eps).to(slab.dtype)
+    if any(room):  # probabilities: a zero changes neither sum nor maximum
+        slab, small = pad(slab, room), pad(small, room)
+    # One side after the other: many times as fast as both at once where blocks are small.
+    yield small.unflatten(-2, (-1, size)).sum(-2).unflatten(-1, (-1, size)).sum(-1)
+    yield slab.unflatten(-2, (-1, size)).amax(-2).unflatten(-1, (-1, size)).amax(-1)
+    yield slab.unflatten(-2, (-1, size)).sum(-2).unflatten(-1, (-1, size)).sum(-1)
 
 
 def _cells(length: int, size: int, like: Tensor) -> Tensor:

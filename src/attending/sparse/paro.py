@@ -188,6 +188,7 @@ def paro_attention(
     steps: int | None = None,
     quant: Quant | None = None,
     groups: MapGroups = "block",
+    quant_block: int = 64,
     renormalize: bool = True,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -205,6 +206,7 @@ def paro_attention(
         steps: of this sampling, if not as many as were watched.
         quant: simulate both products in integers, see `quantised_attention`; slow.
         groups: entries of the map that share a scale, with `quant`.
+        quant_block: along each side of a block of them; need not be the plan's.
         renormalize: the kept blocks are all there is, as in the authors' kernel. False multiplies
             the dense map by the mask, as their simulation does: rows sum to less than 1, and the
             dense normaliser is computed too, which saves nothing.
@@ -240,13 +242,13 @@ def paro_attention(
     if quant is None:
         state = block_sparse_attention(query, key, value, blocks, bias=bias, scale=scale)
     else:
-        state = _quantised(query, key, value, blocks, quant, groups, bias, scale)
+        state = _quantised(query, key, value, blocks, quant, groups, quant_block, bias, scale)
     if not renormalize:
         narrow = value[..., :1]
         if quant is None:
             whole = attention_state(query, key, narrow, bias, scale=scale, enable_gqa=True)
         else:
-            whole = _quantised(query, key, narrow, None, quant, groups, bias, scale)
+            whole = _quantised(query, key, narrow, None, quant, groups, quant_block, bias, scale)
         share = torch.exp(state.lse - whole.lse).nan_to_num(0.0)  # nothing is visible at all
         state = AttentionState((state.output * share[..., None]).to(query.dtype), whole.lse)
     if index is None:
@@ -262,11 +264,20 @@ def _quantised(
     plan: BlockPlan | None,
     quant: Quant,
     groups: MapGroups,
+    quant_block: int,
     bias: Tensor | None,
     scale: float | None,
 ) -> AttentionState:
     return simulate_quantised_attention(
-        query, key, value, bits=_BITS[quant], groups=groups, plan=plan, bias=bias, scale=scale
+        query,
+        key,
+        value,
+        bits=_BITS[quant],
+        groups=groups,
+        block_size=quant_block,
+        plan=plan,
+        bias=bias,
+        scale=scale,
     )
 
 
