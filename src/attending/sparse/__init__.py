@@ -7,6 +7,8 @@ Pure functions of features, attention and grids; what acts on their choice lives
 - `attending.sparse.merged_tokens`: fewer image tokens in which the others are merged.
 - `attending.sparse.language_tokens`: which image tokens to keep inside the language model.
 - `attending.sparse.window`: blocks near the diagonal, the plan that every other has to beat.
+- `attending.sparse.sparsed`: blocks by mean probability, for prompt and answer apart (SparseD);
+  `block_scores` has the block sums of maps that it goes by.
 - `attending.sparse.rectified`: block-sparse attention with the rest estimated from pooled blocks;
   its parts are `pooled`, `implicit_attention` and `curve_order` (a space-filling curve).
 - `attending.sparse.circular_window`: image tokens see a circle around them and all text (CLEAR);
