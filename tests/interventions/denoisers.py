@@ -177,6 +177,40 @@ def flux_inputs(timestep: float, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+def hunyuan(double: int = 2, single: int = 3, seed: int = 0) -> nn.Module:
+    """A tiny HunyuanVideoTransformer3DModel: two lists of blocks, and one that refines the text."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(seed)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=double,
+        num_single_layers=single,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    ).eval()
+
+
+def hunyuan_inputs(timestep: float, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 3, 3, generator=generator),
+        "timestep": torch.full((1,), timestep),
+        "encoder_hidden_states": torch.randn(1, 6, 16, generator=generator),
+        "encoder_attention_mask": torch.ones(1, 6, dtype=torch.bool),
+        "pooled_projections": torch.randn(1, 8, generator=generator),
+        "guidance": torch.full((1,), 6000.0),
+    }
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """All that a cache might leave behind: instance attributes, hooks, and whose forward it is."""
     return {

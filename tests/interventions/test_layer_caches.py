@@ -129,6 +129,8 @@ class TestFora:
         block = model.blocks[0]
         assert parts_of(block, ("attention",)) == [block.attn1, block.attn2]
         assert parts_of(block, ("feed_forward",)) == [block.ffn]
+        named = nn.ModuleDict({"ff": nn.Linear(1, 1), "offset": nn.Linear(1, 1)})
+        assert parts_of(named, ("attention", "feed_forward")) == [named["ff"]]
         with FORA(2, parts=("attention",))(model) as run:
             generation(model)
         assert (run.computed, run.total) == (4 * 6, 8 * 6)

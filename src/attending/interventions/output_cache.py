@@ -20,6 +20,7 @@ from attending.taps.where import ATTENTION
 
 Part = Literal["attention", "feed_forward"]
 FEED_FORWARD = re.compile("FeedForward|MLP|Mlp|FFN")  # in the name of a class
+FEED_FORWARD_NAME = re.compile(r"(ff|ffn|mlp|feed_forward)(_|\d|$)")  # what a block calls it
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class FORA:
     of the blocks are computed at every step, so the gates of the present time act on outputs of an
     earlier one: this is where it differs from caching whole blocks.
 
-    What is cached are modules: the outermost ones in each block whose class is named after
-    attention (self- and cross-attention both) or a feed-forward network. In nearly all blocks that
+    What is cached are modules: the outermost ones in each block that are named after attention
+    (self- and cross-attention both) or a feed-forward network. In nearly all blocks that
     is before the gate, as in the paper. A feed-forward that a block writes out in lines of its own
     (Flux's single blocks, Hunyuan's) is no module and is computed at every step; `run.total` counts
     only what could be reused.
@@ -110,11 +111,11 @@ def parts_of(block: nn.Module, parts: tuple[Part, ...]) -> list[nn.Module]:
         parts: which of the two.
     """
     found: list[nn.Module] = []
-    for child in block.children():
-        name = type(child).__name__
-        if ATTENTION.search(name):
+    for name, child in block.named_children():
+        kind = type(child).__name__
+        if ATTENTION.search(kind):
             found += [child] if "attention" in parts else []
-        elif FEED_FORWARD.search(name):
+        elif FEED_FORWARD.search(kind) or FEED_FORWARD_NAME.match(name):
             found += [child] if "feed_forward" in parts else []
         else:
             found += parts_of(child, parts)
