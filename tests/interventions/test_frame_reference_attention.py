@@ -117,6 +117,45 @@ def test_a_mask_that_the_model_has_stays():
                 torch.testing.assert_close(model(x, mask), wanted)
 
 
+def test_text_in_the_same_sequence_sees_all_and_is_seen_by_all():
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=3,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=4 * FRAMES - 3,
+        max_text_seq_length=3,
+    ).eval()
+    given = {
+        "hidden_states": torch.randn(1, FRAMES, 3, 4, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 8),
+        "timestep": torch.tensor([500]),
+    }
+    mask = frame_reference_mask(FRAMES, 1)
+    shown = frame_token_mask(mask, TOKENS, text_tokens=3)
+
+    def by_hand(call, proceed):
+        return proceed(replace(call, attn_mask=shown))
+
+    with torch.no_grad():
+        plain = model(**given).sample
+        with tap(model, by_hand):
+            wanted = model(**given).sample
+        for block_size in (None, 1, 5):
+            method = FrameReferenceAttention(mask, TOKENS, text_tokens=3, block_size=block_size)
+            with method(model):
+                torch.testing.assert_close(model(**given).sample, wanted, rtol=1e-4, atol=1e-5)
+    assert (plain - wanted).abs().max() > 1e-4
+
+
 def test_settings_are_stored(tmp_path):
     method = FrameReferenceAttention(
         {0: frame_reference_mask(4, 2), "b": frame_window_mask(4, 1)}, 8
