@@ -126,7 +126,7 @@ def _watch(
 
 
 def _prediction(output: Any) -> Tensor:
-    found = first_tensor(output) if isinstance(output, Tensor | Mapping | tuple | list) else None
+    found = first_tensor(output)
     if found is None:
         raise ValueError(
             "student: expected a model that returns a tensor, or something with one in it, got "

@@ -175,7 +175,7 @@ def _block_around(model: nn.Module, layer: str) -> nn.Module:
 
 
 def _tensor_in(value: object, name: str) -> Tensor:
-    found = first_tensor(value) if isinstance(value, Tensor | Mapping | tuple | list) else None
+    found = first_tensor(value)
     if found is None:
         raise ValueError(
             f"{name}: expected to get a tensor, or something with one in it, got "

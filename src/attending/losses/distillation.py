@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from attending.taps.running import first_tensor
 
 Side = Literal["output", "input"]
-_HOLDERS = (Tensor, Mapping, tuple, list)  # what may have a tensor in it
 
 
 class Distillation(NamedTuple):
@@ -145,7 +144,7 @@ def _keeper(kept: dict[str, Tensor], name: str, side: Side) -> Callable[..., Non
         if torch._C._current_graph_task_id() != -1:  # a checkpointed region runs again in backward
             return
         given = (*args, *kwargs.values()) if side == "input" else output
-        found = first_tensor(given) if isinstance(given, _HOLDERS) else None
+        found = first_tensor(given)
         if found is None:
             raise ValueError(
                 f"names: expected modules with a tensor as {side}, got {name!r}, a "

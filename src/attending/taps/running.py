@@ -30,10 +30,11 @@ def as_batches(inputs: object) -> Iterable[Any]:
 
 
 def first_tensor(batch: Any) -> Tensor | None:
-    """The first tensor of a batch, whose first dimension counts the samples."""
+    """The first tensor of a batch (or of an output), whose first dimension counts the samples."""
     if isinstance(batch, Tensor):
         return batch
     values = batch.values() if isinstance(batch, Mapping) else batch
+    values = values if isinstance(values, Iterable) and not isinstance(values, str) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
