@@ -158,7 +158,7 @@ def test_gaps_and_an_answer_that_is_given(bert) -> None:
         assert run.new_tokens is None
     with SparseD(block_size=BLOCK, steps=STEPS)(bert):
         assert torch.equal(write(bert, gaps, **ways), joint)
-    with SparseD(block_size=BLOCK, new_tokens=21)(bert) as run:
+    with SparseD(block_size=BLOCK, new_tokens=21, count_real=True)(bert) as run:
         write(bert, gaps, on_step=run.on_step, **ways)
         assert run.new_tokens == 21
         plan = next(iter(run.plans.values()))

@@ -123,6 +123,7 @@ class SparseD:
             there is no prompt, as in a video or where gaps of a text are filled. A number given
             here goes before what the sampler tells.
         isolated: rank the prompt's blocks among themselves, see `sparsed_mask`.
+        count_real: rank a short last block by the tokens that it has, see `sparsed_mask`.
         plan_step: the step that chooses the blocks, up to e; None is e. Earlier ones are for
             comparison: the answer is then nothing but masks.
 
@@ -137,6 +138,7 @@ class SparseD:
     steps: int | None = None
     new_tokens: int | None = None
     isolated: bool = False
+    count_real: bool = False
     plan_step: int | None = None
 
     def __post_init__(self) -> None:
@@ -214,6 +216,7 @@ class SparseD:
                 select=self.select,
                 block_size=self.block_size,
                 isolated=self.isolated,
+                count_real=self.count_real,
                 attn_mask=hiding(call.attn_mask),
                 scale=call.scale,
             )
