@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from attending.sparse.axis_order import head_token_index, inverse_index
 from attending.sparse.paro import PAROPlan
 from attending.sparse.paro_calibration import PAROCalibration
 from attending.taps import AttentionCall, Proceed, tap
-from tests.interventions.tiny_denoisers import tiny_wan, wan_inputs
+from tests.interventions.tiny_denoisers import flux_inputs, tiny_flux, tiny_wan, wan_inputs
 
 GRID = (3, 5, 6)  # of wan_inputs: 90 tokens
 STEPS = 4
@@ -187,6 +188,73 @@ def test_one_call_and_images(model: nn.Module) -> None:
     with paro(model) as run:
         sampled(model, frames=1)
     assert run.density == pytest.approx(0.7, abs=0.05)
+
+
+def by_hand(plan: PAROPlan, text: int) -> Any:
+    """A handler that hides, in the order of the model, what the plan leaves out of its one step."""
+
+    def hide(call: AttentionCall, proceed: Proceed) -> Tensor:
+        row = plan.layers.index(call.name)
+        index = head_token_index(plan.grid, plan.orders[row].tolist(), text_tokens=text)
+        place = inverse_index(index) // plan.block_size
+        shown = torch.stack(
+            [
+                one[of[:, None], of[None]]
+                for one, of in zip(plan.masks()[0, row], place, strict=True)
+            ]
+        )
+        return proceed(replace(call, attn_mask=shown[None]))
+
+    return hide
+
+
+def test_cogvideox_has_text_before_the_video() -> None:
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=3,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=8,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=3,
+    ).eval()
+    given = {
+        "hidden_states": torch.randn(1, 3, 3, 4, 8),
+        "encoder_hidden_states": torch.randn(1, 3, 8),
+        "timestep": torch.tensor([500]),
+    }
+    options = {"density": 0.6, "block_size": 4, "text_tokens": 3, "candidates": ["WHF", "HWF"]}
+    paro = PAROAttention.calibrate(model, given, (3, 2, 4), **options)
+    assert len(paro.plan.layers) == 2
+    with torch.no_grad(), paro(model) as run:
+        found = model(**given).sample
+    with torch.no_grad(), tap(model, by_hand(paro.plan, 3)):
+        torch.testing.assert_close(found, model(**given).sample, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert float((found - model(**given).sample).abs().max()) > 1e-4
+    assert run.stats["sparse_calls"] == 2
+
+
+def test_flux_has_two_kinds_of_blocks_and_two_axes() -> None:
+    """Both kinds count their layers from 0: the plan knows them by name."""
+    model, given = tiny_flux(), flux_inputs()
+    text = given["encoder_hidden_states"].shape[1]
+    options = {"density": 0.6, "block_size": 4, "text_tokens": text}
+    paro = PAROAttention.calibrate(model, given, (5, 6), **options)
+    assert len(paro.plan.layers) == len(set(paro.plan.layers)) > 2
+    assert {name for layer in paro.plan.layers for name in paro.plan.names(layer)} <= {"HW", "WH"}
+    with torch.no_grad(), paro(model) as run:
+        found = model(**given).sample
+    with torch.no_grad(), tap(model, by_hand(paro.plan, text)):
+        torch.testing.assert_close(found, model(**given).sample, rtol=1e-4, atol=1e-5)
+    assert run.stats["sparse_calls"] == run.stats["calls"] == len(paro.plan.layers)
 
 
 def test_other_tokens_stay_dense(model: nn.Module, paro: PAROAttention) -> None:
