@@ -67,7 +67,13 @@ def test_dtype_and_device_are_the_callers() -> None:
 def test_description_agrees_with_the_models(llama: zoo.ZooModel, minilm: zoo.ZooModel) -> None:
     records = {record.name: record for record in zoo.describe()}
     assert list(records) == zoo.names()
-    assert zoo.names() == ["minilm", "llama-stdlib", "llava-shapes", "mdlm-stdlib"]
+    assert zoo.names() == [
+        "minilm",
+        "llama-stdlib",
+        "llava-shapes",
+        "mdlm-stdlib",
+        "wan-shapes",
+    ]
     for loaded in (llama, minilm):
         record = records[loaded.name]
         assert record.parameters == loaded.model.num_parameters() == loaded.card["parameters"]

@@ -87,6 +87,8 @@ def load_model(
         raise CommandError(f"MODEL {name} is a file; give the folder that holds it")
     if name in zoo.names():
         loaded = zoo.load(name, device=place, dtype=dtype)
+        if loaded.tokenizer is None:
+            raise CommandError(f"MODEL {name} paints and reads no text; {_OTHERS}")
         return LoadedModel(name, loaded.model, loaded.tokenizer, loaded.processor)
     return _from_folder(name, _from_hub(name), place, dtype)
 
