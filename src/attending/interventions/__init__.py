@@ -32,7 +32,7 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
   a pretrained encoder.
 - `attending.interventions.feature_cache`: reuse features from step to step of a denoiser
   (ProfilingDiT, TeaCache); `output_cache` (FORA) and `diffusers_caches` stand beside it, and
-  `cache_schedule` and `drift_schedule` say when to compute.
+  `cache_schedule` and `drift_schedule` say when to compute, `drift_calibration` sets TeaCache.
 """
 
 from importlib import import_module
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from attending.interventions.diffusers_caches import (
         PyramidAttentionBroadcast as PyramidAttentionBroadcast,
     )
+    from attending.interventions.drift_calibration import calibrate_drift as calibrate_drift
     from attending.interventions.drift_schedule import DriftSteps as DriftSteps
     from attending.interventions.edit import edit_masses as edit_masses
     from attending.interventions.feature_cache import ProfilingCache as ProfilingCache
@@ -117,6 +118,7 @@ _MODULES = {
     "UniformSteps": "cache_schedule",
     "VisualAttentionRedistribution": "visual_attention_redistribution",
     "VisualTokenPruning": "visual_token_pruning",
+    "calibrate_drift": "drift_calibration",
     "edit_masses": "edit",
     "load_settings": "settings",
     "prune_visual_tokens": "visual_token_pruning",

@@ -79,16 +79,19 @@ class DriftDecider:
             raise ValueError(
                 "signal: expected a tensor, as the schedule goes by its drift; got None."
             )
-        schedule, before = self.schedule, self._before
+        before = self._before
         self._before = signal = signal.detach().clone()
-        if before is not None:
-            self.drift = relative_l1(before, signal)
+        return self.decide(step, None if before is None else relative_l1(before, signal))
+
+    def decide(self, step: int, drift: float | None) -> bool:
+        """The same from d itself; None at the first step."""
+        schedule, self.drift = self.schedule, drift
         always = step < schedule.warmup or (schedule.until is not None and step >= schedule.until)
-        if always or self.drift is None:
+        if always or drift is None:
             self.accumulated = 0.0
             return True
         for power, coefficient in enumerate(reversed(schedule.coefficients)):
-            self.accumulated += coefficient * self.drift**power
+            self.accumulated += coefficient * drift**power
         if self.accumulated < schedule.threshold:
             return False
         self.accumulated = 0.0
@@ -97,6 +100,6 @@ class DriftDecider:
 
 def relative_l1(before: Tensor, after: Tensor) -> float:
     """How far a tensor moved: mean |after - before| / mean |before|, 0 for nothing from nothing."""
-    moved = (after.double() - before.double()).abs().mean()
-    size = before.double().abs().mean()
+    before, after = before.detach().double(), after.detach().double()
+    moved, size = (after - before).abs().mean(), before.abs().mean()
     return float(moved / size) if size > 0 else (float("inf") if moved > 0 else 0.0)

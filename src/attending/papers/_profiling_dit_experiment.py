@@ -5,8 +5,9 @@ For each seed:
 1. Profile. Clips of `zoo.shapes_motion`, whose foreground is known to the pixel, are mixed with
    noise as the model was trained, at the levels of the sampler, and the model looks at them. Their
    scenes are others than those that are painted later.
-2. Calibrate. One video is painted without a cache; what TeaCache and First Block Cache go by is
-   written down, and their thresholds are set so that they compute as many blocks as the others.
+2. Calibrate. Videos of those other scenes are painted without a cache; TeaCache's polynomial is
+   fitted to them, and the thresholds of TeaCache and First Block Cache are set so that they compute
+   as many blocks as the others.
 3. Paint the same captions from the same noise with every method, and compare with the videos
    without a cache: `attending.papers._video_trial`.
 """
@@ -27,8 +28,9 @@ from attending.interventions.cache_schedule import (
     block_calls,
 )
 from attending.interventions.diffusers_caches import FirstBlockCache, PyramidAttentionBroadcast
-from attending.interventions.drift_schedule import DriftSteps, relative_l1
-from attending.interventions.feature_cache import ProfilingCache, TeaCache
+from attending.interventions.drift_calibration import DriftCalibration, calibrate_drift
+from attending.interventions.drift_schedule import relative_l1
+from attending.interventions.feature_cache import ProfilingCache
 from attending.interventions.intervention import InterventionWarning
 from attending.interventions.output_cache import FORA
 from attending.papers._video_trial import VideoTrial, video_trial
@@ -124,53 +126,48 @@ def profile(wan: ZooModel, seed: int, clips: int, frames: int, levels: int) -> B
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What one video without a cache shows.
+    """What videos without a cache show.
 
     Attributes:
-        tea_threshold: with which TeaCache computes as many steps as the budget has.
-        first_threshold: the same for First Block Cache, whose first block is always computed.
+        tea: the polynomial of TeaCache, and its threshold for a share of the steps.
+        first_threshold: with which First Block Cache computes as many blocks as the budget has.
         moves: mean |v[s] - v[s-1]| of the predictions.
     """
 
-    tea_threshold: float
+    tea: DriftCalibration
     first_threshold: float
     moves: Tensor
 
 
-def calibrate(wan: ZooModel, seed: int, budget: Budget, frames: int) -> Calibration:
-    """Thresholds for the budget, from one video of another scene."""
-    signals: list[Tensor] = []
+def calibrate(wan: ZooModel, seed: int, budget: Budget, videos: int, frames: int) -> Calibration:
+    """What the caches that go by drift are set to, from videos of other scenes."""
     first: list[Tensor] = []
     predictions: list[Tensor] = []
+    scenes = make_moving_scenes(videos, OTHER_SCENES + seed, frames, min_objects=1, max_objects=2)
 
-    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-        signals.append((args[0] if args else kwargs["hidden_states"]).clone())
+    def keep_first(module: nn.Module, args: Any, output: Tensor) -> None:
+        first.append((output - args[0]).clone())
 
-    block: Any = wan.model.blocks[0]
-    handles = [
-        block.attn1.register_forward_pre_hook(keep_input, with_kwargs=True),
-        block.register_forward_hook(lambda m, args, out: first.append(out - args[0])),
-        wan.model.register_forward_hook(lambda m, args, out: predictions.append(_sample(out))),
-    ]
-    try:
-        caption = make_moving_scenes(1, OTHER_SCENES + seed, frames, min_objects=1, max_objects=2)[
-            0
-        ].caption
+    def paint() -> None:
         make_videos(
             wan,
-            [caption],
+            [scene.caption for scene in scenes],
             seed=OTHER_SCENES + seed,
             frames=frames,
             steps=budget.steps,
             guidance_scale=1.0,
         )
+
+    blocks: Any = wan.model.blocks
+    handles = [
+        blocks[0].register_forward_hook(keep_first),
+        wan.model.register_forward_hook(lambda m, args, out: predictions.append(_sample(out))),
+    ]
+    try:
+        tea = calibrate_drift(wan.model, paint, degree=min(4, budget.steps - 2))
     finally:
         for handle in handles:
             handle.remove()
-
-    def tea(threshold: float) -> int:
-        decide = DriftSteps(threshold, warmup=1, until=budget.steps - 1).start()
-        return sum(decide(step, signal) for step, signal in enumerate(signals))
 
     def first_block(threshold: float) -> int:
         computed, last = 1, first[0]
@@ -182,9 +179,7 @@ def calibrate(wan: ZooModel, seed: int, budget: Budget, frames: int) -> Calibrat
     whole = budget.density * budget.steps * budget.blocks
     beyond_first = (whole - budget.steps) / (budget.blocks - 1)
     return Calibration(
-        _threshold(tea, budget.whole_steps),
-        _threshold(first_block, round(beyond_first)),
-        step_moves(predictions)[0],
+        tea, _threshold(first_block, round(beyond_first)), step_moves(predictions)[0]
     )
 
 
@@ -226,7 +221,7 @@ def measure(
     blocks: Any = wan.model.blocks
     budget = Budget(steps, warmup, interval, longest, len(blocks), cached)
     profiled = profile(wan, seed, clips, frames, levels)
-    calibrated = calibrate(wan, seed, budget, frames)
+    calibrated = calibrate(wan, seed, budget, videos, frames)
     half = cached // 2
     mixed = {*profiled.least(cached - half), *profiled.most(half)}
     chosen = {
@@ -241,7 +236,7 @@ def measure(
     }
     methods |= {
         "all_blocks": ProfilingCache(None, budget.spread_evenly()),
-        "teacache": TeaCache(calibrated.tea_threshold, until=steps - 1),
+        "teacache": calibrated.tea.teacache(budget.whole_steps / steps),
         "fora": FORA(2, warmup=max(0, 2 * budget.whole_steps - steps)),
         "first_block": FirstBlockCache(calibrated.first_threshold),
         "pab": PyramidAttentionBroadcast(spatial=2, cross=2),
@@ -260,7 +255,9 @@ def measure(
             steps_of={"fewer_steps": budget.whole_steps},
             wan=wan,
         )
-    return _numbers(trial, methods, budget, profiled, chosen), profiled, calibrated.moves
+    numbers = _numbers(trial, methods, budget, profiled, chosen)
+    numbers["teacache_fit_error"] = calibrated.tea.error
+    return numbers, profiled, calibrated.moves
 
 
 def _numbers(

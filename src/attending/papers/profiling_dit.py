@@ -114,6 +114,7 @@ PAPER = Paper(
         "attending.interventions.diffusers_caches.FirstBlockCache",
         "attending.interventions.cache_schedule.DecreasingSteps",
         "attending.interventions.drift_schedule.DriftSteps",
+        "attending.interventions.drift_calibration.calibrate_drift",
         "attending.probes.block_profile.profile_blocks",
     ),
     rule=RULE,
