@@ -20,9 +20,9 @@ For a visual query in block i, with M the kept blocks, Z the dropped blocks that
 | `"all"` | all dropped blocks | ours: no gate |
 | `"row"` | all dropped blocks, seen by each query on its own | ours: merged by lse; A is not used |
 
-On synthetic tokens, smooth ones and rough ones, `"row"` is closest to dense attention and `"none"`
-farthest from it; that the gate is better than pooling everything did not hold there. See the page
-of evidence, `attending reproduce rectified-spaattn`.
+On synthetic tokens all of them are closer to dense attention than `"none"`, and `"row"` is closest
+where the tokens of a block are alike; that the gate is better than pooling everything did not hold
+there. See the page of evidence, `attending reproduce rectified-spaattn`.
 
 Source: Rectified SpaAttn (Liu et al., arXiv 2511.19835) and its official code, whose outputs are
 the golden vectors. Differences: the last block is pooled over the tokens it has and not over the
@@ -195,7 +195,7 @@ def rectification(
     remainder = None
     if rectify != "row":
         repeated = pools[2].mean.repeat_interleave(query.shape[1] // value.shape[1], 1)
-        remainder = visual_shares * pooled @ repeated
+        remainder = (visual_shares * pooled) @ repeated
     plan = BlockPlan.from_block_mask(
         kept, block_size=block_size, query_length=length, key_length=length
     )
