@@ -137,9 +137,9 @@ def tile_mass(wan: ZooModel, batch: Batch) -> Float[Tensor, " distances"]:
 
 def distilled(
     wan: ZooModel, method: FrameReferenceAttention, seed: int, steps: int, rate: float
-) -> tuple[nn.Module, list[float]]:
-    """A copy of the model that has been trained under the masks for so many steps; its losses."""
-    student = copy.deepcopy(wan.model)
+) -> nn.Module:
+    """A copy of the model that has been trained under the masks for so many steps."""
+    student: nn.Module = copy.deepcopy(wan.model)
     generator = torch.Generator().manual_seed(DISTILLATION_SEED + seed)
 
     def batches() -> Iterator[Batch]:
@@ -149,8 +149,19 @@ def distilled(
             scenes = DISTILLATION_SEED + 1000 * seed + step
             yield noisy_batch(wan, 2, scenes, levels, scenes)
 
-    curve = distill_denoiser(student, wan.model, batches(), around=method, learning_rate=rate)
-    return student, [step.prediction for step in curve]
+    distill_denoiser(student, wan.model, batches(), around=method, learning_rate=rate)
+    return student
+
+
+@torch.no_grad()
+def prediction_error(
+    dense: nn.Module, model: nn.Module, method: FrameReferenceAttention, batch: Batch
+) -> float:
+    """Relative squared error of what a model predicts under masks, to what another does dense."""
+    wanted = dense(**batch).sample
+    with method(model):
+        found = model(**batch).sample
+    return float((found - wanted).square().sum() / wanted.square().sum())
 
 
 def with_weights_of(student: nn.Module, method: Method) -> Method:
@@ -212,7 +223,7 @@ def run(
     few = {f"even:{k}": even[f"even:{k}"] for k in output_ks}
     by_output = search(wan, calibration(wan, output_videos, seed), few, "output")
     searched = masked(chosen.entries(even, threshold))
-    student, curve = distilled(wan, searched, seed, distillation_steps, distillation_rate)
+    student = distilled(wan, searched, seed, distillation_steps, distillation_rate)
     trial = _painted(
         wan,
         seed,
@@ -237,9 +248,9 @@ def run(
     for k in KS:
         numbers[f"layers_with_{k}"] = sum(name == f"even:{k}" for name in picks.values())
     numbers["layers_dense"] = len(found.mse) - len(picks)
-    quarter = max(1, len(curve) // 4)
-    numbers["distillation_first"] = sum(curve[:quarter]) / quarter
-    numbers["distillation_last"] = sum(curve[-quarter:]) / quarter
+    for name, model in (("searched", wan.model), ("distilled", student)):
+        error = prediction_error(wan.model, model, searched, batch)
+        numbers[f"prediction_error_{name}"] = error
     curves: dict[str, Sequence[float]] = {
         family: [means[f"{family}:{k}"] for k in KS]
         for family in ("even", "first", "random", "window")

@@ -115,7 +115,7 @@ _SMALL = {
     "videos": 2,
     "steps": 10,
     "distillation_steps": 16,
-    "distillation_rate": 1e-4,
+    "distillation_rate": 2e-4,
 }
 
 
