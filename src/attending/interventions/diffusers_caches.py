@@ -121,7 +121,8 @@ class FirstBlockCache:
 
     where r' is that of the last step that was computed. Not accumulated, unlike TeaCache's rule.
 
-    Source: ParaAttention's First Block Cache, `diffusers.FirstBlockCacheConfig`.
+    Source: ParaAttention's First Block Cache, `diffusers.FirstBlockCacheConfig`. In diffusers 0.42
+    that fails in Flux2, with a TypeError of its own; `TeaCache` works there.
 
     Attributes:
         threshold: more is faster.

@@ -161,7 +161,8 @@ class TeaCache:
             coefficients) 0.1 to 0.2.
         coefficients: of the polynomial that turns the drift of the signal into that of the output,
             highest power first. They belong to a model. HunyuanVideo: (733.226126, -401.131952,
-            67.5869174, -3.149878, 0.0961237896). None takes the drift as it is.
+            67.5869174, -3.149878, 0.0961237896). `calibrate_drift` fits them to a model. None
+            takes the drift as it is.
         signal: `"modulated"`; `"input"`, the embedded sample; or a function `(block, args, kwargs)
             -> tensor` of the first block, such as `lambda block, args, kwargs: args[2]` for the
             embedding of the time in Wan.
