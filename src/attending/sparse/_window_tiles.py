@@ -127,6 +127,8 @@ class _Part(NamedTuple):
     """One call of the kernel: numbers of queries `[rows, tile]` and of keys `[rows, keys]`."""
 
     asked: Tensor
+    keys: Tensor  # [rows, 1, keys, dim]
+    values: Tensor
     seen: Tensor
     bias: Tensor | None
 
@@ -140,9 +142,11 @@ class _Rows:
         grouped = tensor.unflatten(1, (kv_heads, -1)).transpose(2, 3)
         self.rows = grouped.reshape(self.batch * kv_heads * self.tokens, *grouped.shape[3:])
 
-    def take(self, index: Tensor) -> Tensor:
-        """`[rows, group, some tokens, dim]`."""
-        some: Tensor = self.rows.index_select(0, index.flatten())
+    def take(self, index: Tensor, room: Tensor | None = None) -> Tensor:
+        """`[rows, group, some tokens, dim]`, in the room if there is any."""
+        flat = index.flatten()
+        into = None if room is None else room[: len(flat)]
+        some: Tensor = torch.index_select(self.rows, 0, flat, out=into)
         return some.view(*index.shape, *some.shape[1:]).transpose(1, 2)
 
     def put(self, index: Tensor, tensor: Tensor, add: bool = False) -> None:
@@ -161,9 +165,18 @@ class _Rows:
 
 
 def _parts(query: Tensor, key: Tensor, value: Tensor, kinds: tuple[Kind, ...]) -> Iterator[_Part]:
+    """What the kernel is called on; keys and values of a part are gone when the next is asked."""
     sequences = torch.arange(key.shape[0] * key.shape[1], device=key.device)[:, None]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    for kind in kinds:
+    rows = [_Rows(one, key.shape[1]) for one in (key, value)]
+    # One place for all gatherings, which stays in the cache and is paged in once.
+    steps = [_step(len(kind.keys), key, value) for kind in kinds]
+    most = max(
+        min(step, len(kind.starts) * len(sequences)) * len(kind.keys)
+        for step, kind in zip(steps, kinds, strict=True)
+    )
+    rooms = [one.new_empty(most, 1, one.shape[-1]) for one in (key, value)]
+    for kind, step in zip(kinds, steps, strict=True):
         starts, key_starts, queries, keys = (one.to(key.device) for one in kind[:4])
         bias = None
         if kind.visible is not None:
@@ -171,10 +184,15 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, kinds: tuple[Kind, ...]) -
             bias = bias.masked_fill(~kind.visible.to(key.device), -math.inf)[None, None]
         first = (sequences * query.shape[2] + starts).flatten()
         key_first = (sequences * key.shape[2] + key_starts).flatten()
-        row_bytes = len(keys) * (key.shape[-1] + value.shape[-1]) * key.element_size()
-        step = max(1, GATHER_BYTES // row_bytes)
         for some, key_some in zip(first.split(step), key_first.split(step), strict=True):
-            yield _Part(some[:, None] + queries, key_some[:, None] + keys, bias)
+            seen = key_some[:, None] + keys
+            taken = [one.take(seen, room) for one, room in zip(rows, rooms, strict=True)]
+            yield _Part(some[:, None] + queries, taken[0], taken[1], seen, bias)
+
+
+def _step(keys: int, key: Tensor, value: Tensor) -> int:
+    row_bytes = keys * (key.shape[-1] + value.shape[-1]) * key.element_size()
+    return max(1, GATHER_BYTES // row_bytes)
 
 
 class _Tiled(torch.autograd.Function):
@@ -188,18 +206,13 @@ class _Tiled(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         kv_heads = key.shape[1]
-        asked, keys, values = (_Rows(one, kv_heads) for one in (query, key, value))
+        asked = _Rows(query, kv_heads)
         dtype = torch.promote_types(query.dtype, torch.float32)
         output = _Rows(query.new_zeros(*query.shape[:3], value.shape[-1]), kv_heads)
         lse = _Rows(query.new_zeros(*query.shape[:3], 1, dtype=dtype), kv_heads)
         for part in _parts(query, key, value, kinds):
             found, level = fused_attention(
-                asked.take(part.asked),
-                keys.take(part.seen),
-                values.take(part.seen),
-                part.bias,
-                False,
-                scale,
+                asked.take(part.asked), part.keys, part.values, part.bias, False, scale
             )
             output.put(part.asked, found)
             lse.put(part.asked, level[..., None])
@@ -216,8 +229,7 @@ class _Tiled(torch.autograd.Function):
         kv_heads = key.shape[1]
         if grad_output is None:
             grad_output = torch.zeros_like(output)
-        tensors = (query, key, value, output, grad_output)
-        asked, keys, values, outputs, grads = (_Rows(one, kv_heads) for one in tensors)
+        asked, outputs, grads = (_Rows(one, kv_heads) for one in (query, output, grad_output))
         lses = _Rows(lse[..., None], kv_heads)
         grad_lses = None if grad_lse is None else _Rows(grad_lse[..., None], kv_heads)
         sums = [
@@ -226,8 +238,8 @@ class _Tiled(torch.autograd.Function):
         for part in _parts(query, key, value, ctx.kinds):
             found = partial_gradients(
                 asked.take(part.asked),
-                keys.take(part.seen),
-                values.take(part.seen),
+                part.keys,
+                part.values,
                 part.bias,
                 False,
                 ctx.scale,
