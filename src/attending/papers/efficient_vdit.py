@@ -163,16 +163,6 @@ def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
         Series("all layers and heads", range(8), curves["mass"], "attention mass of a tile",
                "frames apart", "share of the row")
     )  # fmt: skip
-    series.append(
-        Series(
-            "relative L2",
-            range(len(SHOWN)),
-            [numbers[f"relative_l2_{name}"] for name in SHOWN],
-            "videos, all layers sparse",
-            ", ".join(name.replace("_", " ") for name in SHOWN),
-            "relative L2 to dense",
-        )
-    )
     return Reproduction(
         slug=PAPER.slug,
         scale=scale,
@@ -181,3 +171,30 @@ def reproduce(scale: Scale, seed: int, out_dir: Path) -> Reproduction:
         series=tuple(series),
         settings=settings_here,
     )
+
+
+def plot(reproductions: Sequence[Reproduction], figure: Any) -> None:
+    """Errors by k, mass by distance, and how far the videos are from the dense ones, by method."""
+    curves, tiles, videos = figure.subplots(1, 3)
+    for family, name in FAMILIES.items():
+        for run in reproductions:
+            errors = [run.measurements[f"error_{family}_{k}"] for k in KS]
+            label = name if run is reproductions[0] else None
+            color = f"C{list(FAMILIES).index(family)}"
+            curves.plot(KS, errors, marker="o", markersize=3, color=color, label=label)
+    curves.set(
+        title="one layer sparse", xlabel="k; equal cost at equal k", ylabel="relative error",
+        yscale="log", xticks=KS,
+    )  # fmt: skip
+    curves.legend(fontsize=7)
+    for run in reproductions:
+        mass = next(one for one in run.series if one.panel == "attention mass of a tile")
+        tiles.plot(mass.x, mass.y, marker="o", markersize=3, color="C0")
+    tiles.set(title="attention mass of a tile", xlabel="frames apart", ylabel="share of the row")
+    for place, name in enumerate(SHOWN):
+        values = [run.measurements[f"relative_l2_{name}"] for run in reproductions]
+        videos.barh(place, sum(values) / len(values), color="lightgray")
+        videos.plot(values, [place] * len(values), "k.", markersize=4)
+    videos.set_yticks(range(len(SHOWN)), [name.replace("_", " ") for name in SHOWN], fontsize=8)
+    videos.invert_yaxis()
+    videos.set(title="videos, all layers sparse", xlabel="relative L2 to dense")
