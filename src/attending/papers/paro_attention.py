@@ -130,7 +130,7 @@ _SMALL = {
     "videos": 2,
     "calibration_captions": 1,
     "frames": 8,
-    "steps": 10,
+    "steps": 8,
     "guidance_scale": 1.0,
     "block_size": 16,
     "densities": [FULLEST, EMPTIEST],
