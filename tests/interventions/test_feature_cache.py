@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,33 @@ def test_both_lists_of_a_model_and_two_schedules() -> None:
         for time in times(6):
             model(**flux_inputs(time))
     assert (run.computed, run.total) == (15, 30)
+
+
+def test_a_run_adds_what_its_blocks_add_one_by_one() -> None:
+    model = sd3(layers=4)
+    inputs = [sd3_inputs(time, seed=5) for time in times(4)]
+    with ProfilingCache((0, 1, 2), UniformSteps(4))(model):
+        together = [model(**given).sample for given in inputs]
+    with ExitStack() as nested:
+        for block in range(3):
+            nested.enter_context(ProfilingCache((block,), UniformSteps(4))(model))
+        apart = [model(**given).sample for given in inputs]
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_stays_half() -> None:
+    model = wan().to(torch.bfloat16)
+    inputs = {
+        name: value if name == "timestep" else value.to(torch.bfloat16)
+        for name, value in wan_inputs(1000.0).items()
+    }
+    dense = model(**inputs).sample
+    with ProfilingCache((0, 1), UniformSteps(4))(model):
+        model(**inputs)
+        again = model(**inputs | {"timestep": torch.tensor([1000.0 - 1e-4])}).sample
+    assert again.dtype == torch.bfloat16
+    torch.testing.assert_close(again, dense, atol=0.02, rtol=0.02)
 
 
 def test_two_streams_of_unknown_blocks_are_told_apart_by_what_the_next_is_given() -> None:
