@@ -43,8 +43,8 @@ class Row:
         causal: the forms that there are.
         same: whether ours and the straightforward one compute the same numbers, which is checked.
         peers: by name.
-        longest: more tokens than this are not asked of the straightforward formulation in its
-            causal form, for its memory.
+        longest: more tokens than this are not asked of the straightforward formulation and of
+            peers in their causal form, for their memory.
         most: more tokens than this are not measured at all, for the time of a quadratic operator
             or the memory of its straightforward formulation.
         goals: bounds on figures of this row.
@@ -190,6 +190,26 @@ ROWS: Mapping[str, Row] = {
         straightforward="_operators.doubly_stochastic:straightforward_norm_softmax",
         most=4096,
         goals=(*never_slower(), *small_memory(0.1, "bidirectional")),
+    ),
+    "dynamic mask": Row(
+        ours="_operators.dynamic_mask:ours",
+        straightforward="_operators.dynamic_mask:straightforward",
+        causal=(True,),
+        peers={"kept blocks, by a BlockPlan": "_operators.dynamic_mask:kept_blocks"},
+        longest=4096,
+        goals=(
+            *never_slower((True,)),
+            *small_memory(0.1),
+            *linear_growth("causal"),
+            *(
+                Goal(
+                    f"SDPA / ours, time, causal, {work}, 16384 tokens",
+                    ("causal", work, "16384", SDPA, "time over ours"),
+                    at_least=2.0,
+                )
+                for work in ("forward", "forward and backward")
+            ),
+        ),
     ),
     "differential": Row(
         ours="_operators.differential:one_to_one",

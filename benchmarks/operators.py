@@ -58,9 +58,9 @@ def contenders(row: Row, is_causal: bool, length: int) -> tuple[dict[str, str], 
     """What can be measured, and why the rest cannot."""
     found, left_out = {OURS: row.ours, SDPA: SDPA}, {}
     if is_causal and length > row.longest:
-        left_out[STRAIGHTFORWARD] = f"not asked of it beyond {row.longest} tokens, for its memory"
-    else:
-        found[STRAIGHTFORWARD] = row.straightforward
+        reason = f"not asked of it beyond {row.longest} tokens, for its memory"
+        return found, dict.fromkeys((STRAIGHTFORWARD, *row.peers), reason)
+    found[STRAIGHTFORWARD] = row.straightforward
     for name, contender in row.peers.items():
         try:
             job(load(contender), 64, is_causal, FORWARD)()

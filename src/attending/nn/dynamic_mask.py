@@ -35,7 +35,7 @@ from attending.nn._lifetime_attention import LifetimeAttention
 from attending.nn.key_selection import check_window, keep_largest, key_lifetimes
 
 Score = Literal["exp", "linear"]
-MAX_EXPONENT = 10.0  # exp of it, 22026, is added to scores that shall keep three digits in float32
+MAX_EXPONENT = 10.0  # exp of it, 22026, is added to scores that shall keep two digits in float32
 ROW_BYTES = 2**25  # of scores of a block of rows, under a mask that has to be read row by row
 
 
