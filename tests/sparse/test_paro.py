@@ -93,6 +93,21 @@ def test_attention_by_its_definition(
     torch.testing.assert_close(dense, exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_and_a_single_token(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plan = random_plan(GRID, 8, 3, 3, density=0.6)
+    given = [one.to(dtype) for one in torch.randn(3, 2, 3, plan.tokens, 8)]
+    found = paro_attention(*given, plan, 0, 1).output
+    assert found.dtype == dtype
+    exact = by_definition(*(one.double() for one in given), plan, 0, 1, False)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+    one = random_plan((1, 1), 4, 0, 2, density=1.0)
+    query, key, value = torch.randn(3, 1, 2, 1, 4, dtype=dtype)
+    assert torch.equal(paro_attention(query, key, value, one, 0, 0).output, value)
+
+
 def test_lse_is_in_the_order_of_the_model() -> None:
     torch.manual_seed(0)
     plan = random_plan(GRID, 7, 2, 3)
