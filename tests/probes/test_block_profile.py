@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 import attending as at
 from attending.probes.block_profile import BlockProfile, profile_blocks
-from attending.probes.foreground import foreground_ratio, foreground_tokens, step_moves
+from attending.probes.foreground import (
+    foreground_ratio,
+    foreground_tokens,
+    principal_foreground,
+    step_moves,
+)
 from attending.zoo.shapes_motion import make_moving_scene
 from tests.interventions.denoisers import fingerprint, sd3, sd3_inputs, wan, wan_inputs
 
@@ -145,6 +150,25 @@ def test_tokens_of_pixels() -> None:
     assert foreground_tokens(pixels, (1, 1, 1)).equal(pixels.flatten())
     with pytest.raises(ValueError, match="patch: expected sizes that divide"):
         foreground_tokens(pixels, (1, 5, 4))
+
+
+@given(st.integers(0, 50), st.integers(1, 5))
+def test_what_stands_out_is_found(seed: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prediction = 0.1 * torch.randn(2, channels, 3, 8, 8, generator=generator)
+    mask = torch.zeros(2, 3, 8, 8, dtype=torch.bool)
+    mask[0, :, 2:4, 2:6] = True
+    mask[1, 1:, 4:8, 0:2] = True
+    prediction = prediction + 3.0 * mask[:, None]
+    found = principal_foreground(prediction, (1, 2, 2))
+    assert torch.equal(found, foreground_tokens(mask, (1, 2, 2)))
+
+
+def test_nothing_stands_out_of_nothing() -> None:
+    assert not principal_foreground(torch.ones(1, 2, 1, 4, 4)).any()
+    assert principal_foreground(torch.ones(1, 2, 1, 1, 1)).shape == (1, 1)
+    with pytest.raises(ValueError, match="patch: expected sizes that divide"):
+        principal_foreground(torch.ones(1, 2, 1, 4, 4), (1, 3, 1))
 
 
 def test_what_cannot_be_is_refused() -> None:
