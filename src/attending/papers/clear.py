@@ -124,15 +124,16 @@ PAPER = Paper(
     status="built",
 )
 
+# The rate was chosen on seed 50, on weights of wan-shapes that were half trained: 1e-3, 3e-3, 6e-3.
 _SMALL = {
     "radii": list(RADII),
     "trained_radius": TRAINED_RADIUS,
-    "train_steps": 48,
+    "train_steps": 60,
     "train_videos": 2,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "videos": 2,
     "frames": 8,
-    "steps": 12,
+    "steps": 10,
     "guidance_scale": 1.0,
     "held_out_videos": 6,
     "tokens_side": 64,
