@@ -16,6 +16,7 @@ from attending.zoo import wan_shapes
 from attending.zoo.caption_embedding import CaptionEmbedding
 from attending.zoo.recipes.training_loop import CHECKPOINT
 from attending.zoo.recipes.wan_shapes import WanShapesRecipe, build_model, train
+from attending.zoo.recipes.wan_shapes_card import losses_by_level
 from attending.zoo.recipes.wan_shapes_data import (
     LONGEST_CAPTION,
     WORDS,
@@ -23,7 +24,7 @@ from attending.zoo.recipes.wan_shapes_data import (
     spread_levels,
     step_batch,
 )
-from attending.zoo.recipes.wan_shapes_export import export, losses_by_level
+from attending.zoo.recipes.wan_shapes_export import export
 from attending.zoo.recipes.wan_shapes_trainee import QuickWanAttention
 from attending.zoo.shapes_motion import make_moving_scenes
 from attending.zoo.video_checks import caption_scores
@@ -177,7 +178,7 @@ def test_interrupted_training_ends_as_the_uninterrupted_one(tmp_path: Path) -> N
     parts = train(tmp_path / "parts", TINY)
     assert parts["losses"] == whole["losses"]
     assert parts["curve"] == whole["curve"]
-    card = export(tmp_path / "parts", tmp_path / "shipped", videos=3)
+    card = export(tmp_path / "parts", tmp_path / "shipped", videos=3, steps=1)
     assert card["finished"]
     assert card["videos_seen"] == {"4": 8, "8": 6, "16": 1}
     loaded = wan_shapes.load(path=tmp_path / "shipped")

@@ -37,8 +37,9 @@ def foreground(
     """The pixels that differ clearly from the median of their row, after smoothing over 3 x 3."""
     smooth = F.avg_pool2d(videos.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False)
     ground = smooth.median(-1, keepdim=True).values
-    differs: Tensor = (smooth - ground).abs().amax(1) > STANDS_OUT
-    return differs.unflatten(0, videos.shape[:2])
+    differs = (smooth - ground).abs().amax(1) > STANDS_OUT
+    mask: Tensor = differs.unflatten(0, videos.shape[:2])
+    return mask
 
 
 def single_colors(videos: Float[Tensor, "videos frames 3 height width"]) -> list[str]:

@@ -161,7 +161,8 @@ def train(
     Returns:
         As :func:`attending.zoo.recipes.training_loop.run_steps`.
     """
-    from attending.zoo.recipes.wan_shapes_export import held_out_loss, write
+    from attending.zoo.recipes.wan_shapes_card import held_out_loss
+    from attending.zoo.recipes.wan_shapes_export import write
 
     recipe = WanShapesRecipe() if recipe is None else recipe
     trainee = Trainee(*build_model(recipe))

@@ -6,31 +6,17 @@ training cannot draw; none is written by hand.
 
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from attending.zoo import wan_shapes
-from attending.zoo.caption_embedding import CaptionEmbedding
-from attending.zoo.entry import ZooModel
 from attending.zoo.recipes.checkpoint import load_checkpoint, read_state
 from attending.zoo.recipes.training_loop import CHECKPOINT
 from attending.zoo.recipes.wan_shapes import WanShapesRecipe, build_model
-from attending.zoo.recipes.wan_shapes_data import MAX_OBJECTS, MIN_OBJECTS, mix
+from attending.zoo.recipes.wan_shapes_card import measure, paint_samples
 from attending.zoo.recipes.wan_shapes_trainee import Trainee
 from attending.zoo.recipes.weights_folder import write_weights
-from attending.zoo.shapes_motion import make_moving_scenes, render_videos
-from attending.zoo.video_checks import caption_scores, single_colors, single_motions
-from attending.zoo.video_tasks import SHIFT, make_videos
 
-# Of the scenes that the card's figures are measured on; others are free for other experiments.
-CARD_SEED = 40_000
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
-STEPS, GUIDANCE = 20, 3.0  # of the painted videos that the card measures
 LIMITS = (
     "It paints one world, 32 x 32 pixels, one or two objects; it knows 30 words.",
     "Whether shapes, textures and backgrounds follow the caption is not measured.",
@@ -50,117 +36,16 @@ def write(trainee: Trainee, folder: Path, card: dict[str, Any]) -> None:
             os.replace(file, folder / file.name)
 
 
-@torch.no_grad()
-def losses_by_level(
-    wan: Any, text: CaptionEmbedding, *, videos: int, frames: int = 8, batch: int = 4
-) -> Float[Tensor, " levels"]:
-    """Mean squared error of the velocity on held-out videos, for each of :data:`LEVELS`.
-
-    The noise is the same each time.
-    """
-    scenes = make_moving_scenes(
-        videos, CARD_SEED, frames, min_objects=MIN_OBJECTS, max_objects=MAX_OBJECTS
-    )
-    clean = 2 * render_videos(scenes).transpose(1, 2) - 1
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(CARD_SEED))
-    captions = [scene.caption for scene in scenes]
-    sums = []
-    for level in LEVELS:
-        total = 0.0
-        for start in range(0, videos, batch):
-            part = slice(start, start + batch)
-            levels = torch.full((len(captions[part]),), level)
-            mixed = mix(captions[part], clean[part], noise[part], levels)
-            guess = wan(
-                hidden_states=mixed.noisy,
-                timestep=1000 * levels,
-                encoder_hidden_states=text(mixed.captions),
-                return_dict=False,
-            )[0]
-            errors = (guess - mixed.velocity).square().mean((1, 2, 3, 4))
-            total += float(errors.sum())
-        sums.append(total / videos)
-    return torch.tensor(sums)
-
-
-def held_out_loss(wan: Any, text: CaptionEmbedding, *, videos: int) -> float:
-    """The mean of :func:`losses_by_level`: to watch a run with."""
-    return float(losses_by_level(wan, text, videos=videos).mean())
-
-
-def paint_scores(
-    wan: ZooModel, *, videos: int, frames: int, guidance_scale: float
-) -> dict[str, float]:
-    """How well painted videos of one object follow their captions, beside what is the most.
-
-    The ceiling is what the same rules say of the videos of the world itself.
-    """
-    scenes = make_moving_scenes(videos, CARD_SEED + 1, frames, max_objects=1)
-    painted = make_videos(
-        wan,
-        [scene.caption for scene in scenes],
-        seed=CARD_SEED,
-        frames=frames,
-        steps=STEPS,
-        guidance_scale=guidance_scale,
-    )
-    ceiling = caption_scores(render_videos(scenes), scenes)
-    return {
-        "videos": videos,
-        "frames": frames,
-        "guidance_scale": guidance_scale,
-        **caption_scores(painted, scenes),
-        **{f"{name}_of_the_world": value for name, value in ceiling.items()},
-    }
-
-
-def measure(wan: ZooModel, videos: int = 48) -> dict[str, Any]:
-    """All figures of the card; ``videos`` decides how long it takes."""
-    few = max(1, videos // 3)
-    levels = {
-        str(frames): losses_by_level(wan.model, wan.processor, videos=count, frames=frames).tolist()
-        for frames, count in ((8, videos), (16, few))
-    }
-    began = time.perf_counter()
-    paint = [paint_scores(wan, videos=videos, frames=8, guidance_scale=GUIDANCE)]
-    seconds = time.perf_counter() - began
-    paint.append(paint_scores(wan, videos=videos, frames=8, guidance_scale=1.0))
-    paint.append(paint_scores(wan, videos=few, frames=16, guidance_scale=GUIDANCE))
-    scenes = make_moving_scenes(videos, CARD_SEED, 8, max_objects=MAX_OBJECTS)
-    clean = 2 * render_videos(scenes) - 1
-    return {
-        "seed": CARD_SEED,
-        "loss_of_predicting_zero": 1 + float(clean.square().mean()),  # the noise has variance 1
-        "levels": list(LEVELS),
-        "loss_by_frames": levels,
-        "loss_videos": {"8": videos, "16": few},
-        "steps": STEPS,
-        "shift": SHIFT,
-        "painted": paint,
-        "seconds_per_video_of_8_frames": seconds / videos,
-    }
-
-
-def _samples(wan: ZooModel) -> list[dict[str, Any]]:
-    """The first captions, and what the rules find in the videos painted from them."""
-    scenes = make_moving_scenes(6, CARD_SEED + 1, 8, max_objects=1)
-    captions = [scene.caption for scene in scenes]
-    painted = make_videos(wan, captions, seed=CARD_SEED, steps=STEPS, guidance_scale=GUIDANCE)
-    return [
-        {"caption": caption, "color": color, "motion": motion}
-        for caption, color, motion in zip(
-            captions, single_colors(painted), single_motions(painted), strict=True
-        )
-    ]
-
-
-def export(out_dir: str | Path, folder: str | Path, *, videos: int = 48) -> dict[str, Any]:
+def export(
+    out_dir: str | Path, folder: str | Path, *, videos: int = 36, steps: int = 20
+) -> dict[str, Any]:
     """Measure the run in ``out_dir`` and write a folder that the zoo can load.
 
     Args:
         out_dir: Where ``train`` left its checkpoint, finished or not.
         folder: Gets weights, ``card.json`` and ``README.md``.
         videos: How many held-out videos to measure on.
+        steps: Of the sampler for the painted videos.
 
     Returns:
         The data card.
@@ -175,7 +60,7 @@ def export(out_dir: str | Path, folder: str | Path, *, videos: int = 48) -> dict
     load_checkpoint(checkpoint, trainee)
     write(trainee, target, {"name": "wan-shapes", "finished": False})
     stored = wan_shapes.load(path=target)  # measured as users will meet it
-    held_out = measure(stored, videos)
+    held_out = measure(stored, videos, steps)
     lengths = [recipe.frames_at(step) for step in range(state["step"])]
     best = held_out["painted"][0]
     both = (trainee.average_wan, trainee.average_text)
@@ -199,7 +84,7 @@ def export(out_dir: str | Path, folder: str | Path, *, videos: int = 48) -> dict
             f"{best['motion']:.0%} its motion"
         ),
         "held_out": held_out,
-        "sample": _samples(stored),
+        "sample": paint_samples(stored, target, steps),
         "limits": list(LIMITS),
     }
     write(trainee, target, card)
@@ -229,8 +114,8 @@ def readme(card: dict[str, Any]) -> str:
         for p in held_out["painted"]
     )
     samples = "\n".join(
-        f"- {s['caption']}\n  found: {s['color'] or 'no colour'}, "
-        f"{ {None: 'nothing to follow', '': 'still'}.get(s['motion'], s['motion']) }"
+        f"- {s['frames']} frames: {s['caption']} Found: {s['color'] or 'no colour'}, "
+        f"{ {None: 'nothing to follow', '': 'still'}.get(s['motion'], s['motion']) }."
         for s in card["sample"]
     )
     limits = "\n".join(f"- {limit}" for limit in card["limits"])
@@ -280,9 +165,13 @@ A video of 8 frames took {held_out["seconds_per_video_of_8_frames"]:.1f} seconds
 |---|---|---|---|---|---|
 {painted}
 
-The first captions, and what the rules find in the videos:
+The first captions, and what the rules find in the videos, a row each below:
 
 {samples}
+
+![6 videos of 8 frames](samples-8.png)
+
+![3 videos of 16 frames](samples-16.png)
 
 ## Limits
 
