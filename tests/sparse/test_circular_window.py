@@ -333,3 +333,25 @@ def test_errors() -> None:
         square_tile_order((3, 4), 2)
     with pytest.raises(ValueError, match="base_length"):
         log_length_scale(4, 100, base_length=1)
+
+
+@pytest.mark.parametrize(("radius", "step"), [(1, 0), (2, 1), (2.5, 2), (4, 3)])
+def test_the_receptive_field_grows_by_less_than_the_radius_a_layer(
+    radius: float, step: int
+) -> None:
+    mask = circular_window_mask((1, 40), radius).double()
+    seen = torch.eye(40, dtype=torch.float64)
+    for layer in range(1, 4):
+        seen = (mask @ seen).clamp(max=1)
+        assert seen[0].nonzero().max() == layer * step
+
+
+@given(case=windows(dtypes=(torch.float64,)))
+def test_rows_sum_to_one(case: tuple[tuple, dict]) -> None:
+    (query, key, value, grid, radius), options = case
+    weight = options["pool_weight"]
+    if weight is not None:  # down-sampled ones are ones only if the weights sum to 1
+        options = options | {"pool_weight": weight.abs() / weight.abs().sum()}
+    ones = torch.ones_like(value)
+    output = circular_window_attention(query, key, ones, grid, radius, **options)
+    torch.testing.assert_close(output, torch.ones_like(output))
