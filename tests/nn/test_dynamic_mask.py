@@ -238,8 +238,9 @@ def test_nothing_is_as_large_as_the_map() -> None:
 def test_empty_inputs() -> None:
     for batch, queries, keys in ((0, 3, 3), (1, 0, 3), (1, 0, 0)):
         found = tensors(batch, 2, 1, queries, keys)
-        output = dynamic_mask_attention(*found, 2, is_causal=True)
-        assert output.shape == (batch, 2, queries, 4)
+        for is_causal in (True, False):
+            output = dynamic_mask_attention(*found, 1, is_causal=is_causal)
+            assert output.shape == (batch, 2, queries, 4)
 
 
 def test_bad_arguments_are_named() -> None:

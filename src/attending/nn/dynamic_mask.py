@@ -9,9 +9,8 @@ Each key has a score delta that is made from the values alone and learned. A que
     delta_j = exp(A softplus(z_j)),  z = W [values of all heads]     (2508.02124, equation 3)
     output_i = sum over kept j of softmax_j(scale q_i . k_j + delta_j) v_j
 
-(The paper prints equation 5 as a product of mask and scores; its other equations, its gradients and
-the official code add.) The choice has no gradient; delta has one through what is added, also where
-no key is dropped. A choice that looks at later keys is a leak, which the official path with a
+(The paper prints equation 5 as a product of mask and scores; its gradients and the code add.) The
+choice has no gradient; delta has one through what is added, also where no key is dropped. A choice that looks at later keys is a leak, which the official path with a
 mask per key has [ran, and reported by users]; here keys are hidden before the choice, row by row.
 
 Nothing is as large as the map: under a causal mask the rows that keep a key are an interval
@@ -168,7 +167,10 @@ def dynamic_mask_attention(
         keys = first + queries
         key, value, delta = key[:, :, :keys], value[:, :, :keys], delta[:, :, :keys]
     if first is None or queries == 1:
-        key, value, delta = chosen_keys(key, value, delta, window)
+        if keys < 2 * window:  # to hide some costs less than to gather the others
+            delta = delta.masked_fill(~keep_largest(delta.detach(), window), -math.inf)
+        else:
+            key, value, delta = chosen_keys(key, value, delta, window)
     elif (window < keys or first) and queries:
         ends = key_lifetimes(delta.detach(), window)
         output: Tensor = LifetimeAttention.apply(  # type: ignore[no-untyped-call]
@@ -247,13 +249,20 @@ def chosen_keys(
         return key, value, delta
     kept = keep_largest(delta.detach(), window)
     index = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :window]
-    at_token = index[..., None]
     return (
-        key.gather(2, at_token.expand(-1, -1, -1, key.shape[3])),
-        value.gather(2, at_token.expand(-1, -1, -1, value.shape[3])),
+        _at(key, index),
+        _at(value, index),
         # Where fewer are visible than the window, some that are not kept fill it up.
         delta.gather(2, index).masked_fill(~kept.gather(2, index), -math.inf),
     )
+
+
+def _at(tensor: Tensor, index: Tensor) -> Tensor:
+    """Some tokens of each head; `gather` is several times slower."""
+    batch, heads, tokens, dim = tensor.shape
+    first = torch.arange(batch * heads, device=tensor.device).view(batch, heads, 1) * tokens
+    rows = tensor.reshape(batch * heads * tokens, dim)
+    return rows.index_select(0, (index + first).flatten()).view(*index.shape, dim)
 
 
 def _row_by_row(
