@@ -10,8 +10,9 @@ Each key has a score delta that is made from the values alone and learned. A que
     output_i = sum over kept j of softmax_j(scale q_i . k_j + delta_j) v_j
 
 (The paper prints equation 5 as a product of mask and scores; its gradients and the code add.) The
-choice has no gradient; delta has one through what is added, also where no key is dropped. A choice that looks at later keys is a leak, which the official path with a
-mask per key has [ran, and reported by users]; here keys are hidden before the choice, row by row.
+choice has no gradient; delta has one through what is added, also where no key is dropped. A choice
+that looks at later keys is a leak, which the official path with a mask per key has [ran, and
+reported by users]; here keys are hidden before the choice, row by row.
 
 Nothing is as large as the map: under a causal mask the rows that keep a key are an interval
 (`attending.nn.key_selection`), so a block of rows gathers the few keys it sees.
