@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PruningBlock:
-    """Hooks on a model, from `open` to `close`."""
+    """Hooks on a model, for one block."""
 
     def __init__(self, method: "VisualTokenPruning", model: nn.Module) -> None:
         self.method = method
@@ -41,30 +40,18 @@ class PruningBlock:
         self.inner = llava_model(model)
         self.run = PruningRun(f"VisualTokenPruning({method.selector!r})")
         self._thread = threading.get_ident()
-        self._cleanup = ExitStack()
         self._images: Images | None = None
         self._shortened = False  # by the hook of the module around the LlavaModel
         self._pending: Shortened | None = None
         self._sequences: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
 
-    def open(self) -> PruningRun:
-        """Put the hooks on."""
-        with ExitStack() as stack:
-            if self.method.selector in IN_LANGUAGE_MODEL:
-                self._hook_language_model(stack)
-            else:
-                self._hook_inputs(stack)
-            self._cleanup = stack.pop_all()
+    def open(self, stack: ExitStack) -> PruningRun:
+        """Put the hooks on, and on the stack what takes them off."""
+        if self.method.selector in IN_LANGUAGE_MODEL:
+            self._hook_language_model(stack)
+        else:
+            self._hook_inputs(stack)
         return self.run
-
-    def close(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Take the hooks off; the arguments are those of `__exit__`."""
-        self._cleanup.__exit__(kind, error, traceback)
 
     def _is_mine(self) -> bool:
         return threading.get_ident() == self._thread

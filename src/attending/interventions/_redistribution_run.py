@@ -3,9 +3,8 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,57 +101,34 @@ class RedistributionRun(Run):
         return "\n".join(lines)
 
 
-class Redistributing(AbstractContextManager[RedistributionRun]):
-    """The context manager of `VisualAttentionRedistribution`. It can be entered again."""
+@dataclass(frozen=True, eq=False)
+class Redistribution:
+    """What a block of `VisualAttentionRedistribution` is opened with."""
 
-    def __init__(
-        self,
-        method: "VisualAttentionRedistribution",
-        model: nn.Module,
-        layers: Mapping[int, tuple[str, nn.Module]],
-        image_mask: Bool[Tensor, "batch tokens"] | None,
-        prompt_length: int | Int[Tensor, " batch"] | None,
-        change_sinks: ChangeSinks | None,
-    ) -> None:
-        self.method = method
-        self.model = model
-        self.layers = layers
-        self.image_mask = image_mask
-        self.prompt_length = prompt_length
-        self.change_sinks = change_sinks
-        self._open: list[tuple[ExitStack, RedistributionRun]] = []
+    method: "VisualAttentionRedistribution"
+    model: nn.Module
+    layers: Mapping[int, tuple[str, nn.Module]]
+    image_mask: Bool[Tensor, "batch tokens"] | None
+    prompt_length: int | Int[Tensor, " batch"] | None
+    change_sinks: ChangeSinks | None
 
-    def __enter__(self) -> RedistributionRun:
+    def opened(self, block: ExitStack) -> RedistributionRun:
+        """Hook the model until the block ends."""
         run = RedistributionRun(type(self.method).__name__)
         work = _Work(self, run)
-        with ExitStack() as cleanup:
-            hook = self.model.register_forward_pre_hook(work.forward, with_kwargs=True)
-            cleanup.callback(hook.remove)
-            for number, (_, layer) in self.layers.items():
-                hook = layer.register_forward_pre_hook(work.layer(number), with_kwargs=True)
-                cleanup.callback(hook.remove)
-            cleanup.enter_context(tap(self.model, work.attention))
-            self._open.append((cleanup.pop_all(), run))
+        hook = self.model.register_forward_pre_hook(work.forward, with_kwargs=True)
+        block.callback(hook.remove)
+        for number, (_, layer) in self.layers.items():
+            hook = layer.register_forward_pre_hook(work.layer(number), with_kwargs=True)
+            block.callback(hook.remove)
+        block.enter_context(tap(self.model, work.attention))
         return run
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self._open:
-            raise RuntimeError("this intervention is not open: leave it where it was entered")
-        cleanup, run = self._open.pop()
-        cleanup.__exit__(kind, error, traceback)
-        if kind is None:
-            run.warn_if_nothing_changed()
 
 
 class _Work:
     """The hooks and the handler of one block."""
 
-    def __init__(self, block: Redistributing, run: RedistributionRun) -> None:
+    def __init__(self, block: Redistribution, run: RedistributionRun) -> None:
         self.method = block.method
         self.run = run
         self.change_sinks = block.change_sinks

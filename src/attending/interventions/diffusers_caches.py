@@ -24,7 +24,8 @@ from attending.interventions._cache_forwards import Forwards, Proceed, is_diffus
 from attending.interventions._cache_loop import CacheLoop
 from attending.interventions._cache_run import Branch, CacheRun
 from attending.interventions.cache_schedule import check_whole
-from attending.interventions.feature_cache import Caching
+from attending.interventions.feature_cache import caching
+from attending.interventions.intervention import Counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PyramidAttentionBroadcast:
         if not low < high:
             raise ValueError(f"timesteps: expected a range (low, high), got {self.timesteps}.")
 
-    def __call__(self, model: nn.Module) -> Caching:
+    def __call__(self, model: nn.Module) -> Counted[CacheRun]:
         """The context manager within which attention of the model is reused.
 
         Args:
@@ -108,7 +109,7 @@ class PyramidAttentionBroadcast:
             loop.on_begin(begin)
             loop.on_restart(states.clear)
 
-        return Caching(model, install, name="PyramidAttentionBroadcast")
+        return caching(model, install, name="PyramidAttentionBroadcast")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class FirstBlockCache:
         if not self.threshold >= 0:
             raise ValueError(f"threshold: expected at least 0, got {self.threshold}.")
 
-    def __call__(self, model: nn.Module) -> Caching:
+    def __call__(self, model: nn.Module) -> Counted[CacheRun]:
         """The context manager within which all blocks but the first are reused.
 
         Args:
@@ -175,7 +176,7 @@ class FirstBlockCache:
             # Its own reset would forget the context, too, which is that of the call that begins.
             loop.on_restart(leader.state_manager._state_cache.clear)
 
-        return Caching(model, install, name="FirstBlockCache")
+        return caching(model, install, name="FirstBlockCache")
 
 
 Hooked = list[tuple[nn.Module, Any]]

@@ -29,11 +29,9 @@ Source: ProfilingDiT (Ma et al., arXiv 2504.03140) and its code; TeaCache (Liu e
 2411.19108) and its code.
 """
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -51,6 +49,7 @@ from attending.interventions.cache_schedule import (
     UniformSteps,
 )
 from attending.interventions.drift_schedule import DriftSteps
+from attending.interventions.intervention import Counted
 
 AnySchedule = FixedSteps | UniformSteps | DecreasingSteps | DriftSteps | CacheSchedule
 
@@ -117,7 +116,7 @@ class ProfilingCache:
             )
         _signal(self.signal)
 
-    def __call__(self, model: nn.Module) -> "Caching":
+    def __call__(self, model: nn.Module) -> Counted[CacheRun]:
         """The context manager within which blocks of the model are reused.
 
         Args:
@@ -145,7 +144,7 @@ class ProfilingCache:
             signal = _signal(self.signal)
             ResidualCache(model, stacks, cached, self.schedule, signal, run).install(forwards, loop)
 
-        return Caching(model, install, name="ProfilingCache", steps=self.steps)
+        return caching(model, install, name="ProfilingCache", steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class TeaCache:
         polynomial = (1.0, 0.0) if self.coefficients is None else self.coefficients
         return DriftSteps(self.threshold, polynomial, self.warmup, self.until)
 
-    def __call__(self, model: nn.Module) -> "Caching":
+    def __call__(self, model: nn.Module) -> Counted[CacheRun]:
         """The context manager within which the blocks of the model are reused.
 
         Args:
@@ -213,49 +212,27 @@ class TeaCache:
             signal = _signal(self.signal)
             ResidualCache(model, stacks, cached, self.schedule, signal, run).install(forwards, loop)
 
-        return Caching(model, install, name="TeaCache", steps=self.steps)
+        return caching(model, install, name="TeaCache", steps=self.steps)
 
 
 Install = Callable[[CacheRun, Forwards, CacheLoop], None]
 
 
-class Caching(AbstractContextManager[CacheRun]):
+def caching(
+    model: nn.Module, install: Install, *, name: str, steps: int | None = None
+) -> Counted[CacheRun]:
     """What the caches return when called: changes the model on entry, and restores it on exit."""
+    CacheLoop(model, Forwards(model, name), steps)  # says at once what it would say on entry
 
-    def __init__(
-        self, model: nn.Module, install: Install, *, name: str, steps: int | None = None
-    ) -> None:
-        self.model = model
-        self._install, self._name, self._steps = install, name, steps
-        CacheLoop(model, Forwards(model, name), steps)  # says at once what it would say on entry
-        self._open = threading.local()
-
-    def __enter__(self) -> CacheRun:
-        """Begin to cache."""
-        run = CacheRun(self._name)
-        with ExitStack() as cleanup:
-            forwards = cleanup.enter_context(Forwards(self.model, self._name))
-            loop = CacheLoop(self.model, forwards, self._steps)
-            self._install(run, forwards, loop)
-            cleanup.enter_context(loop)
-            self._open.blocks = [*getattr(self._open, "blocks", ()), (cleanup.pop_all(), run)]
+    def opened(block: ExitStack) -> CacheRun:
+        run = CacheRun(name)
+        forwards = block.enter_context(Forwards(model, name))
+        loop = CacheLoop(model, forwards, steps)
+        install(run, forwards, loop)
+        block.enter_context(loop)
         return run
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the model as it was."""
-        if not getattr(self._open, "blocks", ()):
-            raise RuntimeError(
-                "this cache is not open in this thread: leave it where it was entered"
-            )
-        cleanup, run = self._open.blocks.pop()
-        cleanup.close()
-        if kind is None:
-            run.warn_if_nothing_changed()
+    return Counted(opened, name=name)
 
 
 def _chosen(blocks: Sequence[int] | None, count: int, name: str) -> frozenset[int]:

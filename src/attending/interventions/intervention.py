@@ -171,31 +171,40 @@ def with_counters(
     Warns:
         InterventionWarning: on exit, if no call was edited.
     """
-    return Counted(model, start, name, new_run, around)
+
+    def opened(block: ExitStack) -> RunT:
+        run = new_run(name)
+        if around is not None:
+            block.enter_context(around(run))
+        tapped: Tap[None] = tap(model, start(run))
+        block.enter_context(tapped)
+        return run
+
+    return Counted(opened, name=name)
 
 
 class Counted(AbstractContextManager[RunT], Generic[RunT]):
-    """What `with_counters` returns."""
+    """The context manager of an intervention: opens something for each block, and counts in a run.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        start: Start[RunT],
-        name: str,
-        new_run: Callable[[str], RunT],
-        around: Callable[[RunT], AbstractContextManager[Any]] | None,
-    ) -> None:
-        self.model = model
-        self._start, self._name, self._new_run, self._around = start, name, new_run, around
+    Args:
+        opened: called on every entry; pushes what is to be closed after the block onto the stack
+            that it is given, and returns the run of the block.
+        name: of the method, for errors.
+
+    Raises:
+        RuntimeError: on exit, where this thread has not entered it.
+
+    Warns:
+        InterventionWarning: on exit, if nothing was edited.
+    """
+
+    def __init__(self, opened: Callable[[ExitStack], RunT], *, name: str) -> None:
+        self._opened, self._name = opened, name
         self._open = threading.local()  # what this thread entered and has not left
 
     def __enter__(self) -> RunT:
-        run = self._new_run(self._name)
         with ExitStack() as opening:
-            if self._around is not None:
-                opening.enter_context(self._around(run))
-            tapped: Tap[None] = tap(self.model, self._start(run))
-            opening.enter_context(tapped)
+            run = self._opened(opening)
             self._open.blocks = [*getattr(self._open, "blocks", ()), (opening.pop_all(), run)]
         return run
 
@@ -207,9 +216,9 @@ class Counted(AbstractContextManager[RunT], Generic[RunT]):
     ) -> None:
         if not getattr(self._open, "blocks", ()):
             raise RuntimeError(
-                "this intervention is not open in this thread: leave it where it was entered"
+                f"{self._name} is not open in this thread: leave it where it was entered"
             )
-        opened, run = self._open.blocks.pop()
-        opened.__exit__(kind, error, traceback)
+        block, run = self._open.blocks.pop()
+        block.__exit__(kind, error, traceback)
         if kind is None:
             run.warn_if_nothing_changed()

@@ -15,7 +15,8 @@ from attending.interventions._cache_forwards import Forwards, Proceed, refuse_co
 from attending.interventions._cache_loop import CacheLoop
 from attending.interventions._cache_run import Branch, CacheRun
 from attending.interventions.cache_schedule import UniformSteps
-from attending.interventions.feature_cache import Caching
+from attending.interventions.feature_cache import caching
+from attending.interventions.intervention import Counted
 from attending.taps.where import ATTENTION
 
 Part = Literal["attention", "feed_forward"]
@@ -70,7 +71,7 @@ class FORA:
         """When to compute."""
         return UniformSteps(self.interval, self.warmup)
 
-    def __call__(self, model: nn.Module) -> Caching:
+    def __call__(self, model: nn.Module) -> Counted[CacheRun]:
         """The context manager within which layers of the model are reused.
 
         Args:
@@ -100,7 +101,7 @@ class FORA:
             run.unit = "calls of layers"
             _OutputCache(layers, self.schedule, run).install(forwards, loop)
 
-        return Caching(model, install, name="FORA", steps=self.steps)
+        return caching(model, install, name="FORA", steps=self.steps)
 
 
 def parts_of(block: nn.Module, parts: tuple[Part, ...]) -> list[nn.Module]:

@@ -49,8 +49,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attending.interventions._redistribution_run import ChangeSinks, Redistributing
+from attending.interventions._redistribution_run import (
+    ChangeSinks,
+    Redistribution,
+    RedistributionRun,
+)
 from attending.interventions._visual_groups import looks_at_image
+from attending.interventions.intervention import Counted
 from attending.interventions.sink_dimensions import (
     KNOWN_SINK_DIMENSIONS,
     find_sink_dimensions,
@@ -169,7 +174,7 @@ class VisualAttentionRedistribution:
         image_mask: Bool[Tensor, "batch tokens"] | None = None,
         prompt_length: int | Int[Tensor, " batch"] | None = None,
         change_sinks: ChangeSinks | None = None,
-    ) -> Redistributing:
+    ) -> Counted[RedistributionRun]:
         """The context manager within which the model's attention is changed.
 
         Args:
@@ -211,7 +216,8 @@ class VisualAttentionRedistribution:
                 f"{len(layers)} layers, got skip_first={self.skip_first} and "
                 f"skip_last={self.skip_last}."
             )
-        return Redistributing(self, model, chosen, image_mask, prompt_length, change_sinks)
+        made = Redistribution(self, model, chosen, image_mask, prompt_length, change_sinks)
+        return Counted(made.opened, name=type(self).__name__)
 
 
 def select_image_centric_heads(

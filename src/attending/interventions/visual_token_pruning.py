@@ -40,11 +40,9 @@ of a batch must then have the same number of images, and interventions that mark
 layers, such as visual attention redistribution, cannot be nested with them.
 """
 
-import threading
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -60,6 +58,7 @@ from attending.interventions._image_selectors import (
 from attending.interventions._pruned_inputs import Positions
 from attending.interventions._pruning_block import PruningBlock
 from attending.interventions._pruning_run import PruningRun, llava_model
+from attending.interventions.intervention import Counted
 from attending.probes.visual_tokens import visual_tokens
 
 
@@ -130,7 +129,7 @@ class VisualTokenPruning:
                     f"attention to go by, got {number!r}."
                 )
 
-    def __call__(self, model: nn.Module) -> "Pruning":
+    def __call__(self, model: nn.Module) -> Counted[PruningRun]:
         """The context manager within which the model's image tokens are pruned.
 
         Args:
@@ -154,7 +153,11 @@ class VisualTokenPruning:
                     f"{name}: expected layers from 1 to {layers - 1}, as the language model has "
                     f"{layers}, got {wrong[0]}."
                 )
-        return Pruning(self, model)
+
+        def opened(block: ExitStack) -> PruningRun:
+            return PruningBlock(self, model).open(block)
+
+        return Counted(opened, name="VisualTokenPruning")
 
     def calibrate(
         self,
@@ -182,38 +185,6 @@ class VisualTokenPruning:
         return replace(self, erank_avg=float(torch.cat(ranks).mean()))
 
 
-class Pruning(AbstractContextManager[PruningRun]):
-    """What a `VisualTokenPruning` returns when called; it can be entered again after its exit."""
-
-    def __init__(self, method: VisualTokenPruning, model: nn.Module) -> None:
-        self.method = method
-        self.model = model
-        self._open = threading.local()
-
-    def __enter__(self) -> PruningRun:
-        """Begin to prune."""
-        block = PruningBlock(self.method, self.model)
-        run = block.open()
-        self._open.blocks = [*getattr(self._open, "blocks", ()), block]
-        return run
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the model as it was."""
-        if not getattr(self._open, "blocks", ()):
-            raise RuntimeError(
-                "this pruning is not open in this thread: leave it where it was entered"
-            )
-        block = self._open.blocks.pop()
-        block.close(kind, error, traceback)
-        if kind is None:
-            block.run.warn_if_nothing_changed()
-
-
 def prune_visual_tokens(
     model: nn.Module,
     selector: str | Selector = "agile",
@@ -222,7 +193,7 @@ def prune_visual_tokens(
     erank_avg: float = 90.0,
     layer: int = 2,
     positions: Positions = "compact",
-) -> Pruning:
+) -> Counted[PruningRun]:
     """Prune the image tokens of a model within a block; `VisualTokenPruning` has more to set.
 
         with prune_visual_tokens(model, "divprune", keep=32):
