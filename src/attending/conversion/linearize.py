@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from attending.conversion._saved_model import load_weights
 from attending.interventions.circular_window import HAS_MASK, CircularWindow
+from attending.interventions.image_run import place_of_tokens
 from attending.losses.linearization import (
     Linearization,
     linearization_loss,
@@ -310,7 +311,7 @@ class _LocalForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         window = _window(self.model)
-        tokens = window.settings.tokens(self.model, args, kwargs)
+        tokens = place_of_tokens(window.settings, self.model, args, kwargs)
         with tap(self.model, window.handler(tokens)):
             if self.own is not None:
                 return self.own(*args, **kwargs)

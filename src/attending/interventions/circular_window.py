@@ -14,17 +14,13 @@ Source: CLEAR (arXiv 2412.16112); see `attending.sparse.circular_window` for wha
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attending.interventions.denoising import DenoisingClock
-from attending.interventions.intervention import Counted, with_counters
-from attending.interventions.sparse_run import SparseRun
+from attending.interventions.image_run import ImageRun, image_calls
+from attending.interventions.intervention import Counted
 from attending.sparse._grid_window import Grid, window_shape
 from attending.sparse.circular_window import (
     BASE_LENGTH,
@@ -34,23 +30,17 @@ from attending.sparse.circular_window import (
     pool_tokens,
     window_entries,
 )
-from attending.sparse.image_tokens import ImageTokens, read_image_tokens
+from attending.sparse.image_tokens import ImageTokens
 from attending.taps import AttentionCall, Handler, Proceed
-from attending.taps.where import arguments_of
 
 HAS_MASK = "it has a mask of its own"
 DOWN_SAMPLED_LENGTH = 10.0  # factor of the length in the official code's scale; not explained there
 
 
 @dataclass(eq=False, kw_only=True)
-class WindowRun(SparseRun):
-    """The counts of a `CircularWindow`; `density` is that of pairs that are seen, not computed.
+class WindowRun(ImageRun):
+    """The counts of a `CircularWindow`; `density` is that of pairs that are seen, not computed."""
 
-    Attributes:
-        tokens: where the image tokens are, of the forward that runs or ran last.
-    """
-
-    tokens: ImageTokens | None = None
     by_forward: dict[int, ImageTokens] = field(default_factory=dict, repr=False)
 
     def windowed(self, call: AttentionCall, share: float) -> None:
@@ -138,8 +128,6 @@ class CircularWindow:
 
         def start(run: WindowRun) -> Handler:
             def attend(call: AttentionCall, proceed: Proceed) -> Tensor:
-                if call.is_cross:
-                    return proceed(call)
                 tokens = run.tokens_of(call)
                 reason = self.why_dense(call, tokens)
                 if reason is not None:
@@ -149,35 +137,7 @@ class CircularWindow:
 
             return attend
 
-        @contextmanager
-        def around(run: WindowRun) -> Iterator[None]:
-            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                run.tokens = self.tokens(module, args, kwargs)
-
-            hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
-            with run.clock:
-                try:
-                    yield
-                finally:
-                    hook.remove()
-
-        return with_counters(
-            model,
-            start,
-            name="CircularWindow",
-            new_run=lambda title: WindowRun(title, clock=DenoisingClock(model)),
-            around=around,
-        )
-
-    def tokens(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> ImageTokens:
-        """Where the tokens are in a call of the model: as set, else as its inputs tell."""
-        if self.grid is not None:
-            found = ImageTokens(self.grid, None)
-        else:
-            found = read_image_tokens(model, arguments_of(model, args, kwargs))
-        return found if self.text_first is None else replace(found, text_first=self.text_first)
+        return image_calls(model, self, start, name="CircularWindow", new_run=WindowRun)
 
     def why_dense(self, call: AttentionCall, tokens: ImageTokens) -> str | None:
         """Why a call of self-attention is none over the image's tokens; None if it is one."""

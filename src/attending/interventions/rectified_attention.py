@@ -1,8 +1,6 @@
 """Rectified SpaAttn in a running image or video transformer, without training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +9,11 @@ from torch.nn.functional import pad
 
 from attending.core.block_plan import BlockPlan
 from attending.core.masks import mask_parts
-from attending.interventions.denoising import DenoisingClock
-from attending.interventions.intervention import Counted, with_counters
-from attending.interventions.sparse_run import SparseRun, plan_of_call
+from attending.interventions.image_run import ImageRun, image_calls
+from attending.interventions.intervention import Counted
+from attending.interventions.sparse_run import plan_of_call
 from attending.sparse.curve_order import block_neighbors, gilbert_order, row_order
-from attending.sparse.image_tokens import ImageTokens, read_image_tokens, text_comes_first
+from attending.sparse.image_tokens import ImageTokens
 from attending.sparse.rectified import (
     RECTIFY,
     Rectify,
@@ -23,7 +21,6 @@ from attending.sparse.rectified import (
     rectification,
 )
 from attending.taps import AttentionCall, Handler, Proceed
-from attending.taps.where import arguments_of
 
 
 @dataclass(frozen=True)
@@ -119,39 +116,11 @@ class RectifiedAttention:
 
         def start(run: RectifiedRun) -> Handler:
             def attend(call: AttentionCall, proceed: Proceed) -> Tensor:
-                return proceed(call) if call.is_cross else self._attend(run, call, proceed)
+                return self._attend(run, call, proceed)
 
             return attend
 
-        @contextmanager
-        def around(run: RectifiedRun) -> Iterator[None]:
-            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                run.tokens = self._tokens(module, args, kwargs)
-
-            hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
-            with run.clock:
-                try:
-                    yield
-                finally:
-                    hook.remove()
-
-        return with_counters(
-            model,
-            start,
-            name="RectifiedAttention",
-            new_run=lambda name: RectifiedRun(name, clock=DenoisingClock(model)),
-            around=around,
-        )
-
-    def _tokens(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> ImageTokens:
-        """Where the tokens are in a call of the model: as set, else as its inputs tell."""
-        if self.grid is None:
-            found = read_image_tokens(model, arguments_of(model, args, kwargs))
-        else:
-            found = ImageTokens(self.grid, text_comes_first(model))
-        return found if self.text_first is None else replace(found, text_first=self.text_first)
+        return image_calls(model, self, start, name="RectifiedAttention", new_run=RectifiedRun)
 
     def _attend(self, run: "RectifiedRun", call: AttentionCall, proceed: Proceed) -> Tensor:
         if call.query_length != call.key_length:
@@ -217,15 +186,13 @@ class _Layout(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class RectifiedRun(SparseRun):
+class RectifiedRun(ImageRun):
     """What `RectifiedAttention` left out within one `with` block.
 
     Attributes:
-        tokens: where they are in the call of the model that is running.
         layouts: the orders of tokens that were used.
     """
 
-    tokens: ImageTokens | None = None
     layouts: dict[tuple[Any, ...], _Layout] = field(default_factory=dict, repr=False)
 
     def layout(

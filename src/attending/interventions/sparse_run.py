@@ -14,10 +14,13 @@ def start(run: SparseRun) -> Handler:
 return sparse_calls(model, start, name="Mine")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from attending.core.block_plan import BlockPlan
 from attending.core.blocks import block_sparse_attention
@@ -141,13 +144,18 @@ def plan_of_call(call: AttentionCall, plan: BlockPlan) -> BlockPlan:
     return plan
 
 
+RunT = TypeVar("RunT", bound=SparseRun, default=SparseRun)
+
+
 def sparse_calls(
     model: nn.Module,
-    start: Callable[[SparseRun], Handler],
+    start: Callable[[RunT], Handler],
     *,
     name: str,
     steps: int | None = None,
-) -> Counted[SparseRun]:
+    new_run: Callable[..., RunT] = SparseRun,  # type: ignore[assignment]
+    around: Callable[[RunT], AbstractContextManager[Any]] | None = None,
+) -> Counted[RunT]:
     """The context manager of a method that leaves out blocks of self-attention.
 
     Args:
@@ -156,6 +164,8 @@ def sparse_calls(
             the handler of the calls of self-attention.
         name: of the method, for the report.
         steps: of one generation, see `DenoisingClock`.
+        new_run: makes the run, from the name and `clock=`, for methods that count more.
+        around: what else is open within the block.
 
     Raises:
         TypeError, ValueError, TapError: as `attending.tap`.
@@ -164,7 +174,7 @@ def sparse_calls(
         InterventionWarning: on exit, if no call was sparse.
     """
 
-    def begin(run: SparseRun) -> Handler:
+    def begin(run: RunT) -> Handler:
         attend = start(run)
 
         def only_self(call: AttentionCall, proceed: Proceed) -> Tensor:
@@ -172,10 +182,15 @@ def sparse_calls(
 
         return only_self
 
+    @contextmanager
+    def open_beside(run: RunT) -> Iterator[None]:
+        with nullcontext() if around is None else around(run), run.clock:
+            yield
+
     return with_counters(
         model,
         begin,
         name=name,
-        new_run=lambda title: SparseRun(title, clock=DenoisingClock(model, steps)),
-        around=lambda run: run.clock,
+        new_run=lambda title: new_run(title, clock=DenoisingClock(model, steps)),
+        around=open_beside,
     )

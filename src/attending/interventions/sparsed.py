@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from attending.core.block_plan import BlockPlan
 from attending.interventions.denoising import DenoisingClock
 from attending.interventions.edit import hiding
-from attending.interventions.intervention import Counted, with_counters
-from attending.interventions.sparse_run import SparseRun
+from attending.interventions.intervention import Counted
+from attending.interventions.sparse_run import SparseRun, sparse_calls
 from attending.sparse.sparsed import check_select, sparsed_plan
 from attending.taps import AttentionCall, Handler, Proceed
 
@@ -171,23 +171,21 @@ class SparseD:
             run.clock.on_restart(run.restart)
 
             def attend(call: AttentionCall, proceed: Proceed) -> Tensor:
-                return proceed(call) if call.is_cross else self._attend(run, call, proceed)
+                return self._attend(run, call, proceed)
 
             return attend
 
-        def new_run(name: str) -> SparseDRun:
+        def new_run(name: str, clock: DenoisingClock) -> SparseDRun:
             return SparseDRun(
                 name,
-                clock=DenoisingClock(model, self.steps),
+                clock=clock,
                 steps=self.steps,
                 new_tokens=self.new_tokens,
                 plans={},
                 _new_tokens_given=self.new_tokens is not None,
             )
 
-        return with_counters(
-            model, start, name="SparseD", new_run=new_run, around=lambda run: run.clock
-        )
+        return sparse_calls(model, start, name="SparseD", steps=self.steps, new_run=new_run)
 
     def _attend(self, run: SparseDRun, call: AttentionCall, proceed: Proceed) -> Tensor:
         if call.is_causal:
