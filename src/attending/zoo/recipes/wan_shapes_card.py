@@ -81,6 +81,8 @@ def paint_scores(
         "frames": frames,
         "guidance_scale": guidance_scale,
         **caption_scores(painted, scenes),
+        "found_still": single_motions(painted).count("") / videos,
+        "told_still": sum(not scene.directions[0] for scene in scenes) / videos,
         **{f"{name}_of_the_world": value for name, value in ceiling.items()},
     }
 
