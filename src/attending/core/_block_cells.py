@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from attending.core.block_plan import BlockPlan, RowGroup
 
-GATHER_BYTES = 2**22  # of keys and values gathered for one call of the kernel
+GATHER_BYTES = 2**21  # of keys and values gathered for one call of the kernel
 # The share of key blocks from which it is quicker to show a row all keys, and hide some of them by
 # a mask with one row, than to gather those it keeps. A mask of one row costs the kernel 3 %, and
 # gathering costs more for each query the fewer there are in a block.
@@ -76,6 +77,12 @@ class Cells:
     @property
     def count(self) -> int:
         return self.query.shape[0]
+
+    @property
+    def unseen(self) -> Tensor:
+        """The rows of blocks that see no block as a whole."""
+        whole, _ = self.plan.whole_and_cut()
+        return ~whole.any(-1).expand(self.batch, self.heads, -1).flatten()
 
     def queries(self, tensor: Tensor) -> Tensor:
         """Something that there is for each query, in blocks."""
@@ -142,22 +149,18 @@ class Cells:
 
     def _gathered(self, group: RowGroup, is_cut: bool) -> Iterator[Part]:
         size, kept = self.plan.block_size[1], group.blocks.shape[1]
-        row_bytes = kept * size * (self.key.shape[-1] + self.value.shape[-1]) * 4
-        step = max(1, GATHER_BYTES // row_bytes)
-        length = kept * size
+        step, length = self._step(kept), kept * size
         if group.ragged:
             length += self.plan.key_length % size - size
-        # One place for all gatherings of the group, which stays in the cache and is paged in once.
-        most = min(step, len(group.rows)) * kept
-        room = [one.new_empty(most, *one.shape[1:]) for one in (self.key, self.value)]
-        for rows, blocks in zip(group.rows.split(step), group.blocks.split(step), strict=True):
-            sequence, kv_head = self._home(rows)
-            index = (sequence * self.kv_heads + kv_head)[:, None] * self._key_blocks + blocks
+        sequence, kv_head = self._home(group.rows)
+        places = (sequence * self.kv_heads + kv_head)[:, None] * self._key_blocks + group.blocks
+        parts = (group.rows.split(step), group.blocks.split(step), places.split(step))
+        for rows, blocks, index in zip(*parts, strict=True):
             key, value = (
                 torch.index_select(one, 0, index.flatten(), out=into[: len(rows) * kept]).view(
                     len(rows), 1, kept * size, one.shape[-1]
                 )
-                for one, into in zip((self.key, self.value), room, strict=True)
+                for one, into in zip((self.key, self.value), self._room, strict=True)
             )
             bias, is_causal = self._bias(rows, blocks, is_cut)
             yield Part(
@@ -170,6 +173,22 @@ class Cells:
                 is_causal,
                 is_cut,
             )
+
+    def _step(self, kept: int) -> int:
+        """How many rows that keep so many blocks are gathered at a time."""
+        width = self.key.shape[-1] + self.value.shape[-1]
+        return max(1, GATHER_BYTES // (kept * self.plan.block_size[1] * width * 4))
+
+    @cached_property
+    def _room(self) -> list[Tensor]:
+        """One place for all that is gathered: it stays in the cache, and is paged in once."""
+        groups = [group for kind in self.plan.groups(self.batch, self.heads) for group in kind]
+        kept = [group.blocks.shape[1] for group in groups]
+        most = max(
+            min(self._step(count), len(group.rows)) * count
+            for count, group in zip(kept, groups, strict=True)
+        )
+        return [one.new_empty(most, *one.shape[1:]) for one in (self.key, self.value)]
 
     @property
     def _key_blocks(self) -> int:

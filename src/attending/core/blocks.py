@@ -174,7 +174,8 @@ class _BlockSparse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         cells = Cells.of(query, key, value, plan, bias, scale)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        output = query.new_zeros(*cells.query.shape[:2], value.shape[-1])
+        output = query.new_empty(*cells.query.shape[:2], value.shape[-1])
+        output[cells.unseen] = 0
         lse = query.new_full(cells.query.shape[:2], -math.inf, dtype=dtype)
         for part in cells.parts(may_mask=True):
             asked = cells.query[part.rows][:, None]

@@ -181,7 +181,11 @@ def _flash_cpu(
     if bias is not None:
         # The kernel rounds a float32 bias by itself; it only refuses one wider than the query.
         bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-    output, lse = _FlashCPU.apply(query, key, value, bias, is_causal, scale)  # type: ignore[no-untyped-call]
+    given = (query, key, value, bias, is_causal, scale)
+    if torch.is_grad_enabled():
+        output, lse = _FlashCPU.apply(*given)  # type: ignore[no-untyped-call]
+    else:
+        output, lse = _FlashCPU.forward(*given)
     return output, lse
 
 
