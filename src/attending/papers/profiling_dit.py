@@ -146,7 +146,7 @@ def settings(scale: Scale) -> dict[str, Any]:
             "frames": 4,
             "clips": 1,
             "levels": 2,
-            "lists": ["background", "foreground"],
+            "lists": ["background"],
         },
         "small": _SMALL,
         "full": {
