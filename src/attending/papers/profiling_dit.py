@@ -140,13 +140,13 @@ def settings(scale: Scale) -> dict[str, Any]:
     return {
         "smoke": {
             **_SMALL,
-            "steps": 4,
+            "steps": 3,
             "warmup": 1,
             "videos": 1,
             "frames": 4,
             "clips": 1,
             "levels": 2,
-            "lists": ["background"],
+            "lists": ["background", "foreground"],
         },
         "small": _SMALL,
         "full": {
