@@ -47,11 +47,18 @@ class Kind(NamedTuple):
         return len(self.starts) * len(self.queries) * len(self.keys)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def tile_kinds(
     grid: Shape, window: Window, tile: Shape, key_grid: Shape, lead: Shape
 ) -> tuple[Kind, ...]:
-    """The tiles of a grid of queries, sorted. A pure function of numbers, so it may be remembered.
+    """`find_kinds`, remembered for some grids: it is a pure function of numbers."""
+    return find_kinds(grid, window, tile, key_grid, lead)
+
+
+def find_kinds(
+    grid: Shape, window: Window, tile: Shape, key_grid: Shape, lead: Shape
+) -> tuple[Kind, ...]:
+    """The tiles of a grid of queries, sorted.
 
     Args:
         grid: of the queries, which lie frame by frame and row by row.

@@ -46,7 +46,7 @@ from attending.sparse._grid_window import (
     check_length,
     window_shape,
 )
-from attending.sparse._window_tiles import tile_kinds, window_state
+from attending.sparse._window_tiles import find_kinds, tile_kinds, window_state
 
 TILE = 8  # rows and columns of a tile of queries; measured: 4 and 16 are slower for radius 8 and 16
 MOST_OF_SMALL_MAP = 1 / 3  # of which tiles compute less, so that a mask costs more than they do
@@ -144,7 +144,7 @@ def grid_window_state(
         return attend(query, key, value, scale=scale)
     if entries > SMALL_MAP or computed < MOST_OF_SMALL_MAP * entries:
         return window_state(query, key, value, kinds, scale)
-    mask = _token_mask(grid, window, key_grid, lead).to(query.device)
+    mask = _small_mask(grid, window, key_grid, lead).to(query.device)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     bias = bias.masked_fill(~mask, -math.inf)[None, None]
@@ -169,7 +169,7 @@ def circular_window_mask(
             keys come last.
     """
     shape, window = window_shape(grid, radius, frame_radius)
-    mask = _token_mask(shape, window, shape, (0, 0, 0))
+    mask = _mask(shape, window, shape, (0, 0, 0))  # a new one, which the caller may change
     before, after = (text_length, 0) if text_first else (0, text_length)
     mask = torch.nn.functional.pad(mask, (before, after, before, after), value=True)
     if down_factor is None:
@@ -257,11 +257,15 @@ def window_entries(grid: Shape, window: Window) -> int:
 
 
 @lru_cache(maxsize=16)
-def _token_mask(grid: Shape, window: Window, key_grid: Shape, lead: Shape) -> Tensor:
-    (kind,) = tile_kinds(grid, window, grid, key_grid, lead)
+def _small_mask(grid: Shape, window: Window, key_grid: Shape, lead: Shape) -> Tensor:
+    return _mask(grid, window, key_grid, lead)
+
+
+def _mask(grid: Shape, window: Window, key_grid: Shape, lead: Shape) -> Tensor:
+    """Of the whole map: one tile as large as the grid."""
+    (kind,) = find_kinds(grid, window, grid, key_grid, lead)
     mask = torch.zeros(math.prod(grid), math.prod(key_grid), dtype=torch.bool)
-    visible = kind.visible
-    mask[:, kind.key_starts + kind.keys] = True if visible is None else visible
+    mask[:, kind.key_starts + kind.keys] = True if kind.visible is None else kind.visible
     return mask
 
 
