@@ -66,6 +66,12 @@ def test_folder_comes_before_the_zoo_and_the_zoo_before_the_hub(
     assert load_model("llama-stdlib").model.config.vocab_size == models.VOCABULARY
 
 
+def test_a_zoo_model_that_reads_no_text_is_refused() -> None:
+    pytest.importorskip("diffusers")
+    with pytest.raises(CommandError, match="wan-shapes paints and reads no text; in Python"):
+        load_model("wan-shapes")
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     models.llama(tmp_path / "mine")

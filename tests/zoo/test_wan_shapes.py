@@ -1,6 +1,7 @@
 """wan-shapes: its data, its text encoder, its recipe on a tiny configuration, and as shipped."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,14 @@ def test_attention_of_the_model_is_tapped(wan: zoo.ZooModel) -> None:
     assert [call.is_cross for call in seen] == [False, True] * 8
     assert seen[0].query.shape == (1, 5, 512, 32)
     assert seen[1].key.shape == (1, 5, 16, 32)
+
+
+def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r'pip install "attending\[diffusion\]"'):
+        zoo.load("wan-shapes")
+    record = next(record for record in zoo.describe() if record.name == "wan-shapes")
+    assert record.parameters  # told from the files alone
 
 
 def test_make_videos_refuses(wan: zoo.ZooModel) -> None:
