@@ -43,7 +43,7 @@ class WanShapesRecipe:
     rise over the first ``warmup_steps``, stay, and fall linearly to zero over the last
     ``cooldown`` of all steps.  The first ``short`` of all steps see videos of 4 frames, the last
     ``long`` by turns those of 16 and of 8 frames, and those between 8.  ``compiled`` needs a C++
-    compiler and saves a sixth of the time.
+    compiler and saves up to a sixth of the time.
     """
 
     size: int = 32
