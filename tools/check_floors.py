@@ -70,6 +70,7 @@ ALWAYS_INSTALLED = {
     "tqdm",
     "transformers",
     "typer",
+    "typing_extensions",
 }
 
 
