@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, interleaved, machine, peak_growth, ratio, write
+from _measure import RESULTS, interleaved, machine, ratio, write
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,7 +49,6 @@ def measure(length: int, block: int, rounds: int) -> dict[str, Any]:
         seconds = interleaved(jobs, rounds)
         found: dict[str, Any] = {name: ratio(seconds, name, DENSE) for name in jobs}
         found["density"] = plan.density
-        found["peak MB"] = {name: peak_growth(job) / 1e6 for name, job in jobs.items()}
     found["loop over dense"] = {}
     for steps in STEPS:
         dense = SparseD(skip=SKIP).last_dense_step(steps) + 1
