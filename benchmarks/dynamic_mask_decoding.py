@@ -5,7 +5,9 @@
 Width 512, 8 heads, float32, batch 1, a window of 1024; the cache holds random keys and values. The
 step takes the projections, the cache and the attention:
 
-- dense attention of the same size, with transformers' `DynamicCache` (the unit);
+- dense attention of the same size, with transformers' `DynamicCache` (the unit), which copies
+  itself with every token;
+- the same with a cache that is written in place, as large as it will ever be, as `StaticCache` is;
 - dynamic mask attention with that cache, which scores all tokens anew, as transformers' Doge does;
 - with a cache that forgets, `DynamicMaskCache`.
 """
@@ -27,7 +29,8 @@ from attending.nn.dynamic_mask_attention import DynamicMaskAttention
 from attending.nn.dynamic_mask_cache import DynamicMaskCache
 
 WIDTH, HEADS, WINDOW = 512, 8, 1024
-DENSE, ALL, FORGETS = "dense", "dynamic, all tokens cached", "dynamic, the cache forgets"
+DENSE, IN_PLACE = "dense", "dense, cache in place"
+ALL, FORGETS = "dynamic, all tokens cached", "dynamic, the cache forgets"
 
 
 def contenders(layer: DynamicMaskAttention, length: int) -> dict[str, Callable[[], object]]:
@@ -45,8 +48,17 @@ def contenders(layer: DynamicMaskAttention, length: int) -> dict[str, Callable[[
         output: Tensor = scaled_dot_product_attention(query, *dense.update(*new, 0))
         return layer.combine(output)
 
+    room = torch.cat([torch.stack([key, value]), torch.zeros(2, 1, HEADS, 1, WIDTH // HEADS)], 3)
+
+    def step_in_place() -> Tensor:
+        query, *new = layer.project(token)
+        room[:, :, :, -1:] = torch.stack(new)
+        output: Tensor = scaled_dot_product_attention(query, room[0], room[1])
+        return layer.combine(output)
+
     return {
         DENSE: step,
+        IN_PLACE: step_in_place,
         ALL: lambda: layer(token, is_causal=True, cache=every),
         FORGETS: lambda: layer(token, is_causal=True, cache=forgets),
     }
@@ -61,7 +73,8 @@ def measure(layer: DynamicMaskAttention, length: int, rounds: int) -> dict[str, 
         for name, times in seconds.items()
     }
     bytes_a_token = 2 * 4 * WIDTH
-    found[DENSE]["cache MB"] = found[ALL]["cache MB"] = length * bytes_a_token / 1e6
+    for name in (DENSE, IN_PLACE, ALL):
+        found[name]["cache MB"] = length * bytes_a_token / 1e6
     found[FORGETS]["cache MB"] = min(length, layer.keep_window) * (bytes_a_token + 4 * HEADS) / 1e6
     return found
 
