@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from attending.conversion._decoder_sites import body_of, put_layers, sites_of
 from attending.conversion._differential_layer import DifferentialDecoderAttention
-from attending.conversion._saved_model import load_weights
+from attending.conversion._saved_model import load_weights, model_of_record
 from attending.nn.grouped_differential_attention import (
     GroupedDifferentialAttention,
     LambdaIndex,
@@ -70,8 +71,8 @@ def convert_differential(
         ValueError: for a model of another architecture, with dropout on its maps, or numbers that
             do not fit. The model is then as it was.
     """
-    body = _body(model)
-    found = _sites(body, REPLACED)
+    body = body_of(model)
+    found = sites_of(body, REPLACED)
     if not found:
         raise ValueError(
             f"model: expected attention of one of the classes {list(REPLACED)}, found none in "
@@ -138,8 +139,8 @@ def convert_diffllama(model: Model) -> Model:
     Raises:
         ValueError: if it has no such attention.
     """
-    body = _body(model)
-    found = _sites(body, ("DiffLlamaAttention",))
+    body = body_of(model)
+    found = sites_of(body, ("DiffLlamaAttention",))
     if not found:
         raise ValueError(
             f"model: expected attention of DiffLlama, found none in {type(model).__name__}."
@@ -198,19 +199,11 @@ def load_differential(folder: str | Path, model_class: Any = None) -> Any:
     Raises:
         ValueError: if the folder holds no such model, or lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    record = getattr(config, _RECORD, None)
-    if record is None:
-        raise ValueError(
-            "folder: expected a model of convert_differential or convert_diffllama, got "
-            f"{str(folder)!r}."
-        )
-    maker = AutoModelForCausalLM if model_class is None else model_class
-    model = getattr(maker, "from_config", None) or maker._from_config
-    model = model(config)
-    body = _body(model)
+    model = model_of_record(
+        folder, _RECORD, "convert_differential or convert_diffllama", model_class
+    )
+    record = getattr(model.config, _RECORD)
+    body = body_of(model)
     places = dict(body.named_modules())
     made = []
     for name, options in record.items():
@@ -239,7 +232,7 @@ def differential_layers(model: nn.Module) -> list[DifferentialDecoderAttention]:
 
 def record_layers(model: nn.Module) -> None:
     """Write into the config of the model which layers it has, for `load_differential`."""
-    body = _body(model)
+    body = body_of(model)
     record = {
         name: module.attention.options()
         for name, module in body.named_modules()
@@ -248,18 +241,6 @@ def record_layers(model: nn.Module) -> None:
     setattr(body.config, _RECORD, record)
 
 
-def _body(model: nn.Module) -> Any:
-    body: Any = getattr(model, "base_model", model)
-    return body
-
-
-def _sites(body: nn.Module, classes: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [(name, one) for name, one in body.named_modules() if type(one).__name__ in classes]
-
-
 def _replace(body: Any, made: Sequence[tuple[str, GroupedDifferentialAttention]]) -> None:
-    for name, layer in made:
-        old = body.get_submodule(name)
-        module = DifferentialDecoderAttention(layer, body.config).train(old.training)
-        body.set_submodule(name, module)
+    put_layers(body, made, DifferentialDecoderAttention)
     record_layers(body)

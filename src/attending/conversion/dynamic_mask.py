@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from attending.conversion._decoder_sites import body_of, put_layers, sites_of
 from attending.conversion._dynamic_mask_layer import DynamicMaskDecoderAttention
-from attending.conversion._saved_model import load_weights
+from attending.conversion._saved_model import load_weights, model_of_record
 from attending.nn.dynamic_mask import Score
 from attending.nn.dynamic_mask_attention import DynamicMaskAttention
 
@@ -62,8 +63,8 @@ def convert_dynamic_mask(
         ValueError: for a model of another architecture, with dropout on its maps, or numbers that
             do not fit. The model is then as it was.
     """
-    body = _body(model)
-    found = _sites(body, REPLACED)
+    body = body_of(model)
+    found = sites_of(body, REPLACED)
     if not found:
         raise ValueError(
             f"model: expected attention of one of the classes {list(REPLACED)}, found none in "
@@ -84,7 +85,7 @@ def convert_dynamic_mask(
             layer = _like(old, keep_window, score, gate_init)
             nn.init.normal_(layer.score_proj.weight, std=body.config.initializer_range)
             made.append((name, layer.to(old.q_proj.weight)))
-    _replace(body, made)
+    put_layers(body, made, DynamicMaskDecoderAttention)
     record = {"keep_window": keep_window, "score": score, "layers": chosen}
     setattr(body.config, _RECORD, record)
     return model
@@ -107,8 +108,8 @@ def convert_doge(model: Model) -> Model:
     Raises:
         ValueError: if it has no such attention, or dropout on its maps.
     """
-    body = _body(model)
-    found = _sites(body, ("DogeAttention",))
+    body = body_of(model)
+    found = sites_of(body, ("DogeAttention",))
     if not found:
         raise ValueError(
             f"model: expected attention of Doge, found none in {type(model).__name__}."
@@ -119,7 +120,7 @@ def convert_doge(model: Model) -> Model:
         layer = _like(old, old.keep_window_size, "exp", None)
         layer.score_proj, layer.gate = old.dt_proj, old.A
         made.append((name, layer))
-    _replace(body, made)
+    put_layers(body, made, DynamicMaskDecoderAttention)
     setattr(body.config, _RECORD, {"doge": True})
     return model
 
@@ -140,17 +141,8 @@ def load_dynamic_mask(folder: str | Path, model_class: Any = None) -> Any:
     Raises:
         ValueError: if the folder holds no such model, or lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    record = getattr(config, _RECORD, None)
-    if record is None:
-        raise ValueError(
-            "folder: expected a model of convert_dynamic_mask or convert_doge, got "
-            f"{str(folder)!r}."
-        )
-    maker = AutoModelForCausalLM if model_class is None else model_class
-    model = (getattr(maker, "from_config", None) or maker._from_config)(config)
+    model = model_of_record(folder, _RECORD, "convert_dynamic_mask or convert_doge", model_class)
+    record = getattr(model.config, _RECORD)
     if "doge" in record:
         convert_doge(model)
     else:
@@ -172,7 +164,7 @@ def dynamic_mask_cache(model: nn.Module) -> Any:
     from attending.conversion._dynamic_mask_cache import DynamicMaskModelCache
 
     windows = {one.layer_idx: one.attention.keep_window for one in dynamic_mask_layers(model)}
-    return DynamicMaskModelCache(windows, _body(model).config.num_hidden_layers)
+    return DynamicMaskModelCache(windows, body_of(model).config.num_hidden_layers)
 
 
 def dynamic_mask_layers(model: nn.Module) -> list[DynamicMaskDecoderAttention]:
@@ -217,19 +209,3 @@ def _refuse_dropout(body: Any) -> None:
             "model: expected attention_dropout 0, as dynamic mask attention has no dropout on its "
             f"map, got {body.config.attention_dropout}. Set it to 0 in the config first."
         )
-
-
-def _body(model: nn.Module) -> Any:
-    body: Any = getattr(model, "base_model", model)
-    return body
-
-
-def _sites(body: nn.Module, classes: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [(name, one) for name, one in body.named_modules() if type(one).__name__ in classes]
-
-
-def _replace(body: Any, made: Sequence[tuple[str, DynamicMaskAttention]]) -> None:
-    for name, layer in made:
-        old = body.get_submodule(name)
-        module = DynamicMaskDecoderAttention(layer, body.config).train(old.training)
-        body.set_submodule(name, module)

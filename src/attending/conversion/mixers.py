@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from attending.conversion._mixer_layers import FAMILIES, AttentionMixer, MLPMixer, Variant
 from attending.conversion._mixer_source import MixerSource
-from attending.conversion._saved_model import load_weights
+from attending.conversion._saved_model import load_weights, model_of_record
 from attending.nn.gated_mlp import GatedMLP, matched_width
 
 Layout = Literal[
@@ -176,16 +176,8 @@ def load_mixers(folder: str | Path, model_class: Any = None) -> Any:
     Raises:
         ValueError: if the folder holds no converted model, or lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    found = getattr(config, "attending_mixers", None)
-    if found is None:
-        raise ValueError(f"folder: expected a model of convert_mixers, got {str(folder)!r}.")
-    maker = AutoModelForCausalLM if model_class is None else model_class
-    model = getattr(maker, "from_config", None) or maker._from_config
-    model = model(config)
-    options = dict(found)
+    model = model_of_record(folder, "attending_mixers", "convert_mixers", model_class)
+    options = dict(model.config.attending_mixers)
     if options["variant"] == "fixed_qk":
         options["token_ids"] = torch.zeros(options["max_length"], dtype=torch.long)
     if options["variant"] != "random_qk":
