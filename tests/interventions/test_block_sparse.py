@@ -9,32 +9,11 @@ from attending.interventions import BlockSparse, InterventionWarning
 from attending.interventions.denoising import Moment
 from attending.sparse.window import window_plan
 from attending.taps import AttentionCall, Proceed
+from tests.interventions.tiny_denoisers import tiny_wan, wan_inputs
 
 
-def tiny_wan() -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-    ).eval()
-
-
-def inputs(frames: int = 3, time: float = 500.0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(1, 3, frames, 8, 8, generator=generator),
-        "timestep": torch.tensor([time]),
-        "encoder_hidden_states": torch.randn(1, 5, 8, generator=generator),
-    }
+def inputs(time: float = 500.0) -> dict[str, Tensor]:
+    return wan_inputs(frames=3, height=8, width=8) | {"timestep": torch.tensor([time])}
 
 
 @torch.no_grad()

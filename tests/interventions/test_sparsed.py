@@ -13,6 +13,7 @@ from attending.diffusion import sample_masked_text
 from attending.interventions import InterventionWarning, SparseD, load_settings, save_settings
 from attending.sparse.sparsed import sparsed_mask
 from attending.taps import AttentionCall, Proceed
+from tests.interventions.tiny_denoisers import tiny_wan
 
 MASK = 3
 PROMPT, ANSWER, STEPS = 40, 21, 7  # 61 tokens: the last block is short, and one straddles
@@ -43,21 +44,8 @@ def bert() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def wan() -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=3,
-            out_channels=3,
-            text_dim=8,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ).eval()
+        model = tiny_wan()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model
