@@ -120,8 +120,8 @@ class PAROAttention:
             grid: tokens along each axis, as (frames, height, width) or (height, width).
             steps: of the sampling; 1 for keyword arguments.
             density: kept blocks over all blocks of a map.
-            block_size, eps, sigma, alpha, criterion, timestep_bins, shared_from, candidates,
-            keep_last, text_tokens, text_first: see `PAROCalibration`.
+            block_size, eps, sigma, alpha, criterion: see `PAROCalibration`.
+            timestep_bins, shared_from, candidates, keep_last, text_tokens, text_first: see there.
 
         Raises:
             ValueError: for arguments out of their range, or if the run had other steps, or no
