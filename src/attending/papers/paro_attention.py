@@ -205,21 +205,21 @@ def plot(reproductions: Sequence[Reproduction], figure: "Picture") -> None:
     ]
     names = {
         "row": "rows",
-        "fhw": "blocks,\nno order",
-        "block": "blocks,\nPARO",
-        "small": "16 x 16,\nPARO",
+        "fhw": "64 x 64, no order",
+        "block": "64 x 64, PARO",
+        "small": "16 x 16, PARO",
     }
     panels += [
         (
             "all blocks, quantised",
             {
-                f"{bits}\n{words}": f"psnr_{bits}_{name}"
+                f"{bits}, {words}": f"psnr_{bits}_{name}"
                 for bits in ("int8", "int4")
                 for name, words in names.items()
             },
         )
     ]
-    axes = figure.subplots(1, len(panels))
+    axes = figure.subplots(1, len(panels), width_ratios=[5, 5, 8])
     for axis, (title, bars) in zip(axes, panels, strict=True):
         found = [
             [one.measurements[measurement] for one in reproductions]
@@ -228,6 +228,13 @@ def plot(reproductions: Sequence[Reproduction], figure: "Picture") -> None:
         axis.bar(range(len(bars)), [sum(values) / len(values) for values in found], color="#c5cae9")
         for place, values in enumerate(found):
             axis.plot([place] * len(values), values, "o", color="#283593", markersize=4)
-        axis.set_xticks(range(len(bars)), list(bars), fontsize=7)
+        axis.set_xticks(
+            range(len(bars)),
+            list(bars),
+            fontsize=8,
+            rotation=30,
+            ha="right",
+            rotation_mode="anchor",
+        )
         axis.set_title(title, fontsize=9)
         axis.set_ylabel("PSNR to dense attention (dB)", fontsize=8)
