@@ -88,12 +88,12 @@ def distill_denoiser(
     curve: list[DistillationStep] = []
     for batch in batches:
         with torch.no_grad(), evaluating(teacher), _watch(teacher, watched, side) as wanted:
-            target = _prediction(run_model(teacher, batch))
+            target = prediction_of(run_model(teacher, batch))
         # The gradient is taken while the context is open: a checkpointed region runs in it again.
         context = nullcontext() if around is None else around(student)
         with _watch(student, watched, side) as found, context:
             loss = distillation_loss(
-                _prediction(run_model(student, batch)),
+                prediction_of(run_model(student, batch)),
                 target,
                 found,
                 wanted,
@@ -125,11 +125,16 @@ def _watch(
     return watch_modules(model, names, side=side) if names else nullcontext({})
 
 
-def _prediction(output: Any) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
+    """What a denoiser predicts: the first tensor of what it returns.
+
+    Raises:
+        ValueError: if there is none.
+    """
     found = first_tensor(output)
     if found is None:
         raise ValueError(
-            "student: expected a model that returns a tensor, or something with one in it, got "
+            "model: expected one that returns a tensor, or something with one in it, got "
             f"{type(output).__name__}."
         )
     return found

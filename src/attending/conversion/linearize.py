@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attending.conversion._saved_model import load_weights
+from attending.conversion.distill_denoiser import prediction_of
 from attending.interventions.circular_window import HAS_MASK, CircularWindow
 from attending.interventions.image_run import place_of_tokens
 from attending.losses.linearization import (
@@ -227,14 +228,14 @@ def distillation_step(
             "student of a copy.deepcopy of it."
         )
     if prediction_weight == 0 and attention_weight == 0:
-        found = _prediction(student(**inputs))
+        found = prediction_of(student(**inputs))
         return linearization_loss(
             found, target, found.detach(), prediction_weight=0.0, attention_weight=0.0
         )
     with torch.no_grad(), watch_attention_outputs(teacher, names) as wanted:
-        wished = _prediction(teacher(**inputs))
+        wished = prediction_of(teacher(**inputs))
     with watch_attention_outputs(student, names) as seen:
-        found = _prediction(student(**inputs))
+        found = prediction_of(student(**inputs))
     return linearization_loss(
         found,
         target,
@@ -316,8 +317,3 @@ class _LocalForward:
             if self.own is not None:
                 return self.own(*args, **kwargs)
             return type(self.model).forward(self.model, *args, **kwargs)
-
-
-def _prediction(output: Any) -> Tensor:
-    found = getattr(output, "sample", output)
-    return cast(Tensor, found[0] if isinstance(found, tuple) else found)
