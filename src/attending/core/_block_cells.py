@@ -18,6 +18,7 @@ GATHER_BYTES = 2**21  # of keys and values gathered for one call of the kernel
 # gathering costs more for each query the fewer there are in a block.
 MASKED_SHARE = 0.72  # for blocks of 128 queries
 MASKED_SHARE_STEP = 0.1  # less for each halving of them
+MASKED_BYTES = 2**22  # of a head's keys and values: more do not stay in the cache from row to row
 
 
 class Part(NamedTuple):
@@ -114,6 +115,9 @@ class Cells:
 
     def _masks(self, group: RowGroup) -> bool:
         wide = self.bias is None or self.bias.shape[2] == 1
+        width = self.key.shape[-1] + self.value.shape[-1]
+        if self.plan.key_length * width * self.key.element_size() > MASKED_BYTES:
+            return False
         share = MASKED_SHARE + MASKED_SHARE_STEP * math.log2(self.plan.block_size[0] / 128)
         return wide and group.blocks.shape[1] >= share * self._key_blocks
 
