@@ -51,7 +51,6 @@ NEIGHBOURS: set[tuple[str, str]] = {
     ("decoding", "probes"),  # DAMRO decodes against what a probe finds
     ("conversion", "interventions"),  # what an intervention tries, a conversion makes permanent
     ("zoo", "diffusion"),  # the card of a denoiser shows what it writes
-    ("probes", "interventions"),  # a profile of a sampling goes by the clock of its steps
     ("interventions", "probes"),  # image tokens are pruned by what probes see in a vision tower
 }
 

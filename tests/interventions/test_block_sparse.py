@@ -6,9 +6,9 @@ from torch import Tensor
 
 import attending as at
 from attending.interventions import BlockSparse, InterventionWarning
-from attending.interventions.denoising import Moment
 from attending.sparse.window import window_plan
 from attending.taps import AttentionCall, Proceed
+from attending.taps.denoising import Moment
 from tests.interventions.tiny_denoisers import tiny_wan, wan_inputs
 
 

@@ -14,7 +14,6 @@ Blocks nest like functions: the outer one edits first, and the inner one edits w
 - `attending.interventions.intervention`: what all of them have in common, and how to write one.
 - `attending.interventions.edit`: `edit_masses`, from groups of keys to an edited call.
 - `attending.interventions.settings`: methods on disk.
-- `attending.interventions.denoising`: which step of a denoising loop a model is in.
 - `attending.interventions.sparse_run`: what the methods that leave out blocks have in common.
 - `attending.interventions.block_sparse`: self-attention over the blocks that a planner chooses.
 - `attending.interventions.sparsed`: blocks chosen once in a denoising loop and reused (SparseD).
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
     from attending.interventions.cache_schedule import FixedSteps as FixedSteps
     from attending.interventions.cache_schedule import UniformSteps as UniformSteps
     from attending.interventions.circular_window import CircularWindow as CircularWindow
-    from attending.interventions.denoising import DenoisingClock as DenoisingClock
-    from attending.interventions.denoising import Moment as Moment
     from attending.interventions.diffusers_caches import FirstBlockCache as FirstBlockCache
     from attending.interventions.diffusers_caches import (
         PyramidAttentionBroadcast as PyramidAttentionBroadcast,
@@ -96,7 +93,6 @@ _MODULES = {
     "CacheSchedule": "cache_schedule",
     "CircularWindow": "circular_window",
     "DecreasingSteps": "cache_schedule",
-    "DenoisingClock": "denoising",
     "DriftSteps": "drift_schedule",
     "FORA": "output_cache",
     "FirstBlockCache": "diffusers_caches",
@@ -106,7 +102,6 @@ _MODULES = {
     "Intervention": "intervention",
     "InterventionWarning": "intervention",
     "LogitScaling": "logit_scaling",
-    "Moment": "denoising",
     "PAROAttention": "paro_attention",
     "ProfilingCache": "feature_cache",
     "PyramidAttentionBroadcast": "diffusers_caches",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attending.interventions._cache_forwards import Forwards
 from attending.interventions._cache_run import Branch
-from attending.interventions.denoising import DenoisingClock
+from attending.taps.denoising import DenoisingClock
 
 
 class CacheLoop(ExitStack):

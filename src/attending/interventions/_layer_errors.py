@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from attending.core.block_plan import BlockPlan
 from attending.core.blocks import block_sparse_attention
 from attending.interventions.block_sparse import Planner
-from attending.interventions.denoising import DenoisingClock, Moment
 from attending.interventions.edit import hiding
 from attending.interventions.sparse_run import plan_of_call
 from attending.taps import AttentionCall, Proceed, tap
 from attending.taps.blocks import blocks_of
+from attending.taps.denoising import DenoisingClock, Moment
 from attending.taps.running import first_tensor
 
 Metric = Literal["mse", "relative_mse"]

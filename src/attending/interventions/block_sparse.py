@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attending.core.block_plan import BlockPlan
-from attending.interventions.denoising import Moment
 from attending.interventions.intervention import Counted
 from attending.interventions.sparse_run import SparseRun, sparse_calls
 from attending.taps import AttentionCall, Handler, Proceed
+from attending.taps.denoising import Moment
 
 Planner = Callable[[AttentionCall, Moment], BlockPlan | None]
 """The blocks to compute in a call of self-attention at a moment of the loop; None is all."""

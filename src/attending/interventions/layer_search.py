@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from attending.core.block_plan import BlockPlan
 from attending.interventions._layer_errors import Measure, Metric, Probe
 from attending.interventions.block_sparse import Planner
-from attending.interventions.denoising import Moment
 from attending.sparse.frame_masks import expand_frame_mask
 from attending.taps import AttentionCall
+from attending.taps.denoising import Moment
 from attending.taps.running import evaluating
 
 Entry = TypeVar("Entry")

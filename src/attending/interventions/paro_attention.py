@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attending.interventions.denoising import DenoisingClock
 from attending.interventions.edit import hiding
 from attending.interventions.intervention import Counted
 from attending.interventions.settings import load_settings, save_settings
@@ -40,6 +39,7 @@ from attending.sparse.paro import PAROPlan, Quant, paro_attention
 from attending.sparse.paro_calibration import Criterion, PAROCalibration
 from attending.sparse.quantised_attention import MapGroups
 from attending.taps import AttentionCall, Handler, Proceed, tap
+from attending.taps.denoising import DenoisingClock
 from attending.taps.running import evaluating
 
 

@@ -24,10 +24,10 @@ from typing_extensions import TypeVar
 
 from attending.core.block_plan import BlockPlan
 from attending.core.blocks import block_sparse_attention
-from attending.interventions.denoising import DenoisingClock
 from attending.interventions.edit import hiding
 from attending.interventions.intervention import Counted, Run, with_counters
 from attending.taps import AttentionCall, Handler, Proceed
+from attending.taps.denoising import DenoisingClock
 
 
 @dataclass(eq=False, kw_only=True)

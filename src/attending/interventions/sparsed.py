@@ -16,12 +16,12 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from attending.core.block_plan import BlockPlan
-from attending.interventions.denoising import DenoisingClock
 from attending.interventions.edit import hiding
 from attending.interventions.intervention import Counted
 from attending.interventions.sparse_run import SparseRun, sparse_calls
 from attending.sparse.sparsed import check_select, sparsed_plan
 from attending.taps import AttentionCall, Handler, Proceed
+from attending.taps.denoising import DenoisingClock
 
 
 @runtime_checkable

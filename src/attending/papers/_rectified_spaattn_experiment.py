@@ -16,12 +16,12 @@ from torch.nn.functional import conv1d, scaled_dot_product_attention
 
 from attending.core.block_plan import BlockPlan
 from attending.interventions.block_sparse import BlockSparse
-from attending.interventions.denoising import Moment
 from attending.interventions.rectified_attention import RectifiedAttention
 from attending.papers._video_trial import Method, VideoTrial, video_trial
 from attending.sparse.rectified import RECTIFY, Rectify, rectified_block_sparse_attention
 from attending.sparse.window import window_plan
 from attending.taps import AttentionCall
+from attending.taps.denoising import Moment
 from attending.zoo.entry import ZooModel
 
 NAMES: dict[Rectify, str] = {mode: mode.replace("+", "_") for mode in RECTIFY}

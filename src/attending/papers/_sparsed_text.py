@@ -17,9 +17,9 @@ from attending import zoo
 from attending.core.block_plan import BlockPlan
 from attending.diffusion import sample_masked_text
 from attending.interventions.block_sparse import BlockSparse
-from attending.interventions.denoising import Moment
 from attending.papers._sparsed_trajectory import Setup, compare
 from attending.taps import AttentionCall
+from attending.taps.denoising import Moment
 from attending.zoo.recipes.stdlib_text import read_documents, split
 
 HELD_OUT_PER_MILLE = 40  # as in the recipe of the model

@@ -33,9 +33,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attending.core.statistics import column_mass
-from attending.interventions.denoising import DenoisingClock
 from attending.probes.foreground import Moves, foreground_ratio, mean_of
 from attending.taps import AttentionCall, Proceed, tap
+from attending.taps.denoising import DenoisingClock
 
 
 @dataclass(frozen=True, eq=False)

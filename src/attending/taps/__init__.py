@@ -13,10 +13,23 @@ which module of the model made it. Nothing is registered, subclassed or patched 
 
     with tap(model, sharper):
         model.generate(**inputs)
+
+`DenoisingClock` tells which step of a sampler's loop a call of the model is.
 """
 
 from attending.taps.call import AttentionCall, Handler, Proceed
+from attending.taps.denoising import DenoisingClock, Moment
 from attending.taps.refusal import TapError, TapWarning
 from attending.taps.session import Tap, tap
 
-__all__ = ["tap", "Tap", "AttentionCall", "Handler", "Proceed", "TapError", "TapWarning"]
+__all__ = [
+    "tap",
+    "Tap",
+    "AttentionCall",
+    "Handler",
+    "Proceed",
+    "TapError",
+    "TapWarning",
+    "DenoisingClock",
+    "Moment",
+]

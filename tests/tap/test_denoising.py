@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attending.interventions.denoising import DenoisingClock, Moment
+from attending.taps.denoising import DenoisingClock, Moment
 
 
 class Denoiser(nn.Module):
