@@ -89,9 +89,7 @@ def test_runs_report_and_tables_show(trial: VideoTrial) -> None:
     assert len(lines) == 2 + 4
     assert lines[4].startswith("| louder | ")
     assert lines[4].endswith("| 0.250 |")
-    with pytest.raises(
-        ValueError, match=r"\['calls', 'density'\] for 'louder', got 'speed'"
-    ):
+    with pytest.raises(ValueError, match=r"\['calls', 'density'\] for 'louder', got 'speed'"):
         trial.mean("louder", "speed")
     with pytest.raises(ValueError, match="'quiet'"):
         trial.mean("quiet", "psnr")
