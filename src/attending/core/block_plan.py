@@ -190,9 +190,9 @@ class BlockPlan:
         *,
         block_size: BlockSize,
     ) -> "BlockPlan":
-        """The blocks in which a mask of tokens shows anything. What they hide is not in the plan:
+        """The blocks in which a mask of tokens shows anything.
 
-        pass the mask on as `bias`, if it hides more than whole blocks.
+        Pass the mask on as `bias` too, if it hides more than whole blocks.
         """
         size = _pair(block_size)
         queries, keys = attn_mask.shape[-2:]
