@@ -59,19 +59,11 @@ def block_mask_of(plan: BlockPlan) -> Any:
 
     if "_flex" not in plan.__dict__:
         whole, cut = plan.whole_and_cut()
-        kept, offset = plan.block_mask, plan.causal_offset
-        height, width = plan.block_size
-        batch_step, head_step = (int(size > 1) for size in kept.shape[:2])
-
-        def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            seen = kept[batch * batch_step, head * head_step, row // height, column // width]
-            return seen if offset is None else seen & (column <= row + offset)
-
         plan.__dict__["_flex"] = BlockMask.from_kv_blocks(
             *_lists(cut),
             *_lists(whole),
             BLOCK_SIZE=plan.block_size,
-            mask_mod=mask_mod,
+            mask_mod=_showing(plan),
             seq_lengths=(plan.query_length, plan.key_length),
         )
     return plan.__dict__["_flex"]
@@ -82,15 +74,25 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
+# Lambdas, as functions that are checked at run time (jaxtyping) cannot be traced.
+
+
+def _showing(plan: BlockPlan) -> Any:
+    kept, (height, width) = plan.block_mask, plan.block_size
+    batch_step, head_step = (int(size > 1) for size in kept.shape[:2])
+    # Without an offset every query sees all keys.
+    offset = plan.key_length if plan.causal_offset is None else plan.causal_offset
+    return lambda batch, head, row, column: (
+        kept[batch * batch_step, head * head_step, row // height, column // width]
+        & (column <= row + offset)
+    )
+
+
 def _adding(bias: Tensor) -> Any:
     steps = [int(size > 1) for size in bias.shape]
-
-    def score_mod(
-        score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor
-    ) -> Tensor:
-        return score + bias[batch * steps[0], head * steps[1], row * steps[2], column * steps[3]]
-
-    return score_mod
+    return lambda score, batch, head, row, column: (
+        score + bias[batch * steps[0], head * steps[1], row * steps[2], column * steps[3]]
+    )
 
 
 def _seen_rows(plan: BlockPlan, bias: Tensor | None) -> Tensor:
