@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +88,31 @@ def with_settings(recipe_class: type[RecipeT], settings: Mapping[str, Any], name
             f"settings are {', '.join(known)}"
         )
     return recipe_class(**settings)
+
+
+def recipe_at(module: str, recipe_class: str, name: str) -> Recipe:
+    """The recipe of a module, imported when it is used: most users load a model and never train it.
+
+    Args:
+        module: such as ``attending.zoo.recipes.llama_stdlib``: has the class and ``train``; the
+            module named after it with ``_export`` has ``export``.
+        recipe_class: The dataclass of its settings.
+        name: Of the model, for errors.
+    """
+
+    def train(
+        out_dir: Path, settings: Mapping[str, Any], resume: bool, export_to: Path | None
+    ) -> dict[str, Any]:
+        found = import_module(module)
+        recipe = with_settings(getattr(found, recipe_class), settings, name)
+        told: dict[str, Any] = found.train(out_dir, recipe, resume, export_to=export_to)
+        return told
+
+    def export(out_dir: Path, path: Path) -> dict[str, Any]:
+        told: dict[str, Any] = import_module(f"{module}_export").export(out_dir, path)
+        return told
+
+    return Recipe(train, export)
 
 
 @dataclass(frozen=True)

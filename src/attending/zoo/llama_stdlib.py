@@ -1,13 +1,11 @@
 """``llama-stdlib``: a small Llama trained here on the Python standard library, and shipped."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
+from attending.zoo.entry import ZooEntry, ZooModel, recipe_at
 from attending.zoo.loading import load_folder
 
 
@@ -37,29 +35,15 @@ def load(
     return ZooModel(model, tokenizer, card, ENTRY.name)
 
 
-def _train(
-    out_dir: Path, settings: Mapping[str, Any], resume: bool, export_to: Path | None
-) -> dict[str, Any]:
-    # Imported here: most users load the model and never train it.
-    from attending.zoo.recipes.llama_stdlib import LlamaStdlibRecipe, train
-
-    recipe = with_settings(LlamaStdlibRecipe, settings, ENTRY.name)
-    return train(out_dir, recipe, resume, export_to=export_to)
-
-
-def _export(out_dir: Path, path: Path) -> dict[str, Any]:
-    from attending.zoo.recipes.llama_stdlib_export import export
-
-    return export(out_dir, path)
-
+NAME = "llama-stdlib"
 
 ENTRY = ZooEntry(
-    name="llama-stdlib",
+    name=NAME,
     model_class="transformers.LlamaForCausalLM",
     description="a small Llama that writes Python: 8 causal layers, 6 query heads over 2 key heads",
     source="trained by attending.zoo.recipes.llama_stdlib on the Python standard library",
     license="weights: Apache-2.0; training text: Python Software Foundation License Version 2",
     folder=folder,
     load=load,
-    recipe=Recipe(train=_train, export=_export),
+    recipe=recipe_at("attending.zoo.recipes.llama_stdlib", "LlamaStdlibRecipe", NAME),
 )

@@ -1,13 +1,12 @@
 """``llava-shapes``: a small LLaVA trained here to describe coloured shapes, and shipped."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
+from attending.zoo.entry import ZooEntry, ZooModel, recipe_at
 from attending.zoo.loading import load_folder
 from attending.zoo.shapes_processor import ShapesProcessor
 
@@ -44,24 +43,10 @@ def make_processor(model: Any, tokenizer: Any) -> ShapesProcessor:
     return ShapesProcessor(tokenizer, config.vision_config.image_size, config.image_seq_length)
 
 
-def _train(
-    out_dir: Path, settings: Mapping[str, Any], resume: bool, export_to: Path | None
-) -> dict[str, Any]:
-    # Imported here: most users load the model and never train it.
-    from attending.zoo.recipes.llava_shapes import LlavaShapesRecipe, train
-
-    recipe = with_settings(LlavaShapesRecipe, settings, ENTRY.name)
-    return train(out_dir, recipe, resume, export_to=export_to)
-
-
-def _export(out_dir: Path, path: Path) -> dict[str, Any]:
-    from attending.zoo.recipes.llava_shapes_export import export
-
-    return export(out_dir, path)
-
+NAME = "llava-shapes"
 
 ENTRY = ZooEntry(
-    name="llava-shapes",
+    name=NAME,
     model_class="transformers.LlavaForConditionalGeneration",
     description=(
         "a small LLaVA that describes coloured shapes: CLIP tower of 4 layers and 64 patches, "
@@ -71,5 +56,5 @@ ENTRY = ZooEntry(
     license="weights and scenes: Apache-2.0",
     folder=folder,
     load=load,
-    recipe=Recipe(train=_train, export=_export),
+    recipe=recipe_at("attending.zoo.recipes.llava_shapes", "LlavaShapesRecipe", NAME),
 )

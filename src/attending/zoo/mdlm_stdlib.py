@@ -5,14 +5,13 @@ It reads all of a text in which some tokens are :data:`MASK` and says what each 
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from attending.zoo import llama_stdlib
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
+from attending.zoo.entry import ZooEntry, ZooModel, recipe_at
 from attending.zoo.loading import load_folder
 
 if TYPE_CHECKING:
@@ -62,24 +61,10 @@ def load(
     return ZooModel(model, tokenizer, card, ENTRY.name)
 
 
-def _train(
-    out_dir: Path, settings: Mapping[str, Any], resume: bool, export_to: Path | None
-) -> dict[str, Any]:
-    # Imported here: most users load the model and never train it.
-    from attending.zoo.recipes.mdlm_stdlib import MdlmStdlibRecipe, train
-
-    recipe = with_settings(MdlmStdlibRecipe, settings, ENTRY.name)
-    return train(out_dir, recipe, resume, export_to=export_to)
-
-
-def _export(out_dir: Path, path: Path) -> dict[str, Any]:
-    from attending.zoo.recipes.mdlm_stdlib_export import export
-
-    return export(out_dir, path)
-
+NAME = "mdlm-stdlib"
 
 ENTRY = ZooEntry(
-    name="mdlm-stdlib",
+    name=NAME,
     model_class="transformers.EuroBertForMaskedLM",
     description=(
         "a small masked diffusion language model of Python: 8 bidirectional layers, 6 query heads "
@@ -92,5 +77,5 @@ ENTRY = ZooEntry(
     license="weights: Apache-2.0; training text: Python Software Foundation License Version 2",
     folder=folder,
     load=load,
-    recipe=Recipe(train=_train, export=_export),
+    recipe=recipe_at("attending.zoo.recipes.mdlm_stdlib", "MdlmStdlibRecipe", NAME),
 )

@@ -5,14 +5,12 @@
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from attending.zoo.caption_embedding import CaptionEmbedding
-from attending.zoo.entry import Recipe, ZooEntry, ZooModel, with_settings
+from attending.zoo.entry import ZooEntry, ZooModel, recipe_at
 
 
 def folder() -> Path:
@@ -61,24 +59,10 @@ def load(
     return ZooModel(model, None, card, ENTRY.name, text.requires_grad_(False))
 
 
-def _train(
-    out_dir: Path, settings: Mapping[str, Any], resume: bool, export_to: Path | None
-) -> dict[str, Any]:
-    # Imported here: most users load the model and never train it.
-    from attending.zoo.recipes.wan_shapes import WanShapesRecipe, train
-
-    recipe = with_settings(WanShapesRecipe, settings, ENTRY.name)
-    return train(out_dir, recipe, resume, export_to=export_to)
-
-
-def _export(out_dir: Path, path: Path) -> dict[str, Any]:
-    from attending.zoo.recipes.wan_shapes_export import export
-
-    return export(out_dir, path)
-
+NAME = "wan-shapes"
 
 ENTRY = ZooEntry(
-    name="wan-shapes",
+    name=NAME,
     model_class="diffusers.WanTransformer3DModel",
     description=(
         "a small video diffusion transformer that paints moving shapes from captions: 8 blocks, "
@@ -88,6 +72,6 @@ ENTRY = ZooEntry(
     license="Apache-2.0",
     folder=folder,
     load=load,
-    recipe=Recipe(train=_train, export=_export),
+    recipe=recipe_at("attending.zoo.recipes.wan_shapes", "WanShapesRecipe", NAME),
     weights=("diffusion_pytorch_model.safetensors", "caption_embedding.safetensors"),
 )
