@@ -13,6 +13,7 @@ from attending.interventions.settings import load_settings, save_settings
 from attending.sparse.curve_order import block_neighbors, gilbert_order
 from attending.sparse.image_tokens import ImageTokens, read_image_tokens
 from attending.sparse.rectified import rectified_block_sparse_attention
+from tests.interventions import denoisers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -30,20 +31,7 @@ def randomly(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def wan() -> nn.Module:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return randomly(
-            diffusers.WanTransformer3DModel(
-                patch_size=(1, 2, 2),
-                num_attention_heads=2,
-                attention_head_dim=12,
-                in_channels=3,
-                out_channels=3,
-                text_dim=8,
-                freq_dim=16,
-                ffn_dim=32,
-                num_layers=3,
-            )
-        )
+        return randomly(denoisers.wan())
 
 
 @pytest.fixture(scope="module")

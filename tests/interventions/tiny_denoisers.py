@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tests.interventions.denoisers import wan
+
 
 def tiny_flux(single_layers: int = 2) -> nn.Module:
     from diffusers import FluxTransformer2DModel
@@ -67,20 +69,7 @@ def sd3_inputs(height: int = 10, width: int = 12, text: int = 3) -> dict[str, Te
 
 
 def tiny_wan() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-    ).eval()
+    return wan(layers=2)
 
 
 def wan_inputs(frames: int = 3, height: int = 10, width: int = 12) -> dict[str, Tensor]:
