@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attending.core.block_plan import BlockPlan
-from attending.core.blocks import block_sparse_attention
 from attending.interventions.block_sparse import Planner
-from attending.interventions.edit import hiding
-from attending.interventions.sparse_run import plan_of_call
+from attending.interventions.sparse_run import output_over, plan_of_call
 from attending.taps import AttentionCall, Proceed, tap
 from attending.taps.blocks import blocks_of
 from attending.taps.denoising import DenoisingClock, Moment
@@ -150,15 +148,7 @@ def _sparse(call: AttentionCall, plan: BlockPlan | None) -> tuple[Tensor | None,
     if plan is None:
         return None, 1.0
     plan = plan_of_call(call, plan)
-    state = block_sparse_attention(
-        call.query,
-        call.key,
-        call.value,
-        plan,
-        bias=hiding(call.attn_mask),
-        scale=call.softmax_scale,
-    )
-    return state.output, plan.density
+    return output_over(call, plan), plan.density
 
 
 def _block_around(model: nn.Module, layer: str) -> nn.Module:

@@ -149,6 +149,13 @@ def hiding(mask: Tensor | None) -> Tensor | None:
     )
 
 
+def shown_by_both(mask: Tensor | None, shown: Tensor) -> Tensor:
+    """A mask, boolean or a bias, that also hides what the boolean `shown` does not show."""
+    if mask is None:
+        return shown
+    return shown & mask if mask.dtype == torch.bool else mask.masked_fill(~shown, -torch.inf)
+
+
 def _of_heads(call: AttentionCall, heads: Tensor) -> AttentionCall:
     """The call of some of its heads, each with keys of its own."""
     kv = heads // (call.num_heads // call.key.shape[1])

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from attending.core.block_plan import BlockPlan
+from attending.interventions.edit import shown_by_both
 from attending.interventions.intervention import Counted
 from attending.interventions.sparse_run import SparseRun, sparse_calls
 from attending.sparse.frame_masks import expand_frame_mask, frame_token_mask
@@ -100,7 +101,11 @@ class FrameReferenceAttention:
                 if key not in known:
                     known[key] = self._made(mask.to(call.query.device))
                 plan, hidden = known[key]
-                shown = call if hidden is None else replace(call, attn_mask=_both(call, hidden))
+                shown = (
+                    call
+                    if hidden is None
+                    else replace(call, attn_mask=shown_by_both(call.attn_mask, hidden))
+                )
                 return run.over(shown, proceed, plan)
 
             return attend
@@ -128,11 +133,3 @@ class FrameReferenceAttention:
                 f"tokens + {self.text_tokens} of text = {wanted} tokens, got {call!r}. Give the "
                 "frames and tokens as the transformer sees them, after the patches."
             )
-
-
-def _both(call: AttentionCall, shown: Tensor) -> Tensor:
-    """What both the call's own mask and this one show."""
-    mask = call.attn_mask
-    if mask is None:
-        return shown[None, None]
-    return shown & mask if mask.dtype == torch.bool else mask.masked_fill(~shown, -torch.inf)

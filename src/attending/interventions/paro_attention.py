@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attending.interventions.edit import hiding
+from attending.interventions.edit import hiding, shown_by_both
 from attending.interventions.intervention import Counted
 from attending.interventions.settings import load_settings, save_settings
 from attending.interventions.sparse_run import SparseRun, plan_of_call, sparse_calls
@@ -202,9 +202,7 @@ class PAROAttention:
         if index is not None:
             back = index[1][:, :, None].expand(-1, -1, shown.shape[-1])
             shown = shown.gather(2, back[None]).gather(3, back.mT[None].expand_as(shown))
-        if mask is None:
-            return shown
-        return shown & mask if mask.dtype == torch.bool else mask.masked_fill(~shown, -torch.inf)
+        return shown_by_both(mask, shown)
 
 
 def watch(

@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 
 from attending.core.block_plan import BlockPlan
 from attending.core.blocks import block_sparse_attention
-from attending.interventions.edit import hiding
+from attending.interventions.edit import hiding, shown_by_both
 from attending.interventions.intervention import Counted, Run, with_counters
 from attending.taps import AttentionCall, Handler, Proceed
 from attending.taps.denoising import DenoisingClock
@@ -96,20 +96,10 @@ class SparseRun(Run):
         """
         plan = plan_of_call(call, plan)
         self.sparse(call, plan)
-        mask = hiding(call.attn_mask)
         if call.inner:
-            shown = plan.visible()
-            if mask is not None:
-                shown = (
-                    shown & mask
-                    if mask.dtype == shown.dtype
-                    else mask.masked_fill(~shown, -float("inf"))
-                )
+            shown = shown_by_both(hiding(call.attn_mask), plan.visible())
             return proceed(replace(call, attn_mask=shown, is_causal=False))
-        state = block_sparse_attention(
-            call.query, call.key, call.value, plan, bias=mask, scale=call.softmax_scale
-        )
-        return state.output
+        return output_over(call, plan)
 
     def _entries(self, call: AttentionCall, density: float) -> None:
         entries = call.query.shape[:-1].numel() * call.key_length
@@ -142,6 +132,18 @@ def plan_of_call(call: AttentionCall, plan: BlockPlan) -> BlockPlan:
     if call.is_causal and plan.causal_offset is None:
         return replace(plan, causal_offset=0)
     return plan
+
+
+def output_over(call: AttentionCall, plan: BlockPlan) -> Tensor:
+    """What a call gives over the blocks of a plan of `plan_of_call`, within its own mask."""
+    return block_sparse_attention(
+        call.query,
+        call.key,
+        call.value,
+        plan,
+        bias=hiding(call.attn_mask),
+        scale=call.softmax_scale,
+    ).output
 
 
 RunT = TypeVar("RunT", bound=SparseRun, default=SparseRun)
