@@ -82,7 +82,7 @@ class Cells:
     @property
     def unseen(self) -> Tensor:
         """The rows of blocks that see no block as a whole."""
-        whole, _ = self.plan.whole_and_cut()
+        whole, _ = self.plan.whole_and_cut
         return ~whole.any(-1).expand(self.batch, self.heads, -1).flatten()
 
     def queries(self, tensor: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Cells:
     def _masked(self, rows: Tensor) -> Iterator[Part]:
         """Rows that see all keys of their head as they lie, but for those that a mask hides."""
         width, length = self.plan.block_size[1], self.plan.key_length
-        whole, _ = self.plan.whole_and_cut()
+        whole, _ = self.plan.whole_and_cut
         whole = whole.expand(self.batch, self.heads, -1, -1).flatten(0, 2)
         sequence, kv_head = self._home(rows)
         homes, counts = (sequence * self.kv_heads + kv_head).unique_consecutive(return_counts=True)

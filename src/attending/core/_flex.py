@@ -58,7 +58,7 @@ def block_mask_of(plan: BlockPlan) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     if "_flex" not in plan.__dict__:
-        whole, cut = plan.whole_and_cut()
+        whole, cut = plan.whole_and_cut
         plan.__dict__["_flex"] = BlockMask.from_kv_blocks(
             *_lists(cut),
             *_lists(whole),

@@ -273,11 +273,12 @@ class BlockPlan:
         known: dict[tuple[int, int], tuple[list[RowGroup], list[RowGroup]]]
         known = self.__dict__.setdefault("_groups", {})
         if (batch, heads) not in known:
-            whole, cut = (one.expand(batch, heads, -1, -1) for one in self.whole_and_cut())
+            whole, cut = (one.expand(batch, heads, -1, -1) for one in self.whole_and_cut)
             ragged = self.key_length % self.block_size[1] != 0
             known[batch, heads] = _grouped(whole, ragged), _grouped(cut, ragged)
         return known[batch, heads]
 
+    @cached_property
     def whole_and_cut(self) -> tuple[Tensor, Tensor]:
         """The kept blocks, as masks of blocks: those seen as a whole, and those seen in part."""
         return self.block_mask & (self._reach == 2), self.block_mask & (self._reach == 1)
