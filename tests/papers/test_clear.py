@@ -10,9 +10,7 @@ from attending.interventions import CircularWindow
 from attending.papers import _clear_videos as experiment
 from attending.papers.clear import RULE, reproduce
 from attending.sparse.circular_window import circular_window_mask
-from attending.zoo import load, wan_shapes
-
-HAS_WEIGHTS = (wan_shapes.folder() / "card.json").exists()
+from attending.zoo import load
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -53,7 +51,6 @@ def test_baselines_see_at_least_as_much_as_the_circle(radius: int) -> None:
         assert plan.block_mask[0, 0].diagonal().all()
 
 
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs the weights of wan-shapes")
 def test_trained_weights_stay_within_their_block() -> None:
     wan = load("wan-shapes")
     before = {name: one.clone() for name, one in wan.model.state_dict().items()}
@@ -71,7 +68,6 @@ def test_trained_weights_stay_within_their_block() -> None:
     assert all(torch.equal(after[name], one) for name, one in before.items())
 
 
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs the weights of wan-shapes")
 def test_smoke_run_measures_everything_and_leaves_the_generator_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     found = reproduce("smoke", 0, tmp_path)

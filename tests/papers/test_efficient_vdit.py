@@ -11,7 +11,6 @@ from torch import nn
 from attending.papers import _efficient_vdit_experiment as experiment
 from attending.papers.efficient_vdit import KS, RULE, SHOWN, reproduce
 from attending.sparse.frame_masks import frame_sparsity
-from attending.zoo import wan_shapes
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -64,8 +63,6 @@ def test_the_weights_of_a_student_are_taken_back() -> None:
 
 
 def test_smoke_run_measures_everything_and_leaves_model_and_generator_alone(tmp_path: Path) -> None:
-    if not (wan_shapes.folder() / "card.json").exists():
-        pytest.skip("needs the weights of wan-shapes")
     before = torch.get_rng_state()
     found = reproduce("smoke", 0, tmp_path).measurements
     assert torch.equal(torch.get_rng_state(), before)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from attending.papers.paro_attention import PERCENTS, RULE, reproduce
-from attending.zoo import wan_shapes
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -39,8 +38,6 @@ def test_the_rule(changes: dict[str, list[float]], verdict: str) -> None:
 
 
 def test_smoke_run_measures_everything_and_leaves_the_generator_alone(tmp_path: Path) -> None:
-    if not (wan_shapes.folder() / "card.json").exists():
-        pytest.skip("needs the weights of wan-shapes")
     before = torch.get_rng_state()
     found = reproduce("smoke", 0, tmp_path).measurements
     assert torch.equal(torch.get_rng_state(), before)

@@ -14,9 +14,6 @@ from attending.papers._rectified_spaattn_experiment import (
     smooth_tokens,
 )
 from attending.papers.rectified_spaattn import LABELS, RULE, reproduce, settings
-from attending.zoo import wan_shapes
-
-HAS_WEIGHTS = (wan_shapes.folder() / "card.json").exists()
 
 
 def numbers(**changes: list[float]) -> dict[str, list[float]]:
@@ -70,7 +67,6 @@ def test_names() -> None:
     assert set(methods(**settings("small"))) == set(METHODS) == set(LABELS)
 
 
-@pytest.mark.skipif(not HAS_WEIGHTS, reason="needs the weights of wan-shapes")
 def test_smoke_run_measures_everything_and_leaves_the_generator_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     found = reproduce("smoke", 0, tmp_path)
