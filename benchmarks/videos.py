@@ -1,6 +1,7 @@
 """Sparse attention and feature caches side by side: videos of wan-shapes, and the time they take.
 
     python benchmarks/videos.py [--quick] [--frames 16] [--steps 20] [--seeds 0 1 2]
+    python benchmarks/videos.py --forward     # only single forwards: windows over plain
 
 All paint the same captions from the same noise. The sparse methods keep about the same share of the
 blocks of every map (`density` says how much it was), the caches compute about half of the blocks of
@@ -13,13 +14,16 @@ little can be saved by making it sparse: see `sparse.py` for the attention alone
 
 import argparse
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import RESULTS, machine, write
+from _measure import RESULTS, interleaved, machine, ratio, write
 from rich.console import Console
+from torch.nn.functional import scaled_dot_product_attention
 
 from attending import zoo
 from attending.interventions.block_sparse import BlockSparse
@@ -35,6 +39,7 @@ from attending.interventions.sparsed import SparseD
 from attending.papers._video_trial import VideoTrial, video_trial
 from attending.sparse.frame_masks import frame_reference_mask
 from attending.sparse.window import window_plan
+from attending.taps import tap
 from attending.zoo.entry import ZooModel
 from attending.zoo.shapes_motion import make_moving_scenes
 from attending.zoo.video_tasks import make_videos
@@ -124,6 +129,37 @@ def figures_of(trial: VideoTrial) -> dict[str, Any]:
     return found
 
 
+def forwards(wan: ZooModel, frames: int, rounds: int) -> dict[str, float]:
+    """A forward within windows, and the self-attention of one alone, over a plain forward."""
+    tokens, generator = frames * TOKENS, torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 3, frames, 32, 32, generator=generator),
+        "timestep": torch.full((2,), 500.0),
+        "encoder_hidden_states": wan.processor(["a red circle on a plain background."] * 2),
+    }
+    with tap(wan.model) as calls, torch.no_grad():
+        wan.model(**inputs)
+    maps = [(call.query, call.key, call.value) for call in calls if not call.is_cross]
+
+    def within(method: Any) -> None:
+        with nullcontext() if method is None else method(wan.model):
+            wan.model(**inputs)
+
+    def attention() -> None:
+        for query, key, value in maps:
+            scaled_dot_product_attention(query, key, value)
+
+    jobs: dict[str, Callable[[], object]] = {"plain": lambda: within(None)}
+    for block, width in ((32, 12), (64, 6), (128, 3), (64, 3)):
+        plan = window_plan(tokens, tokens, block_size=block, width=width * frames // 16)
+        method = BlockSparse(lambda call, moment, plan=plan: plan)
+        jobs[f"density {plan.density:.2f}, blocks of {block}"] = partial(within, method)
+    jobs["self-attention alone"] = attention
+    with torch.no_grad():
+        seconds = interleaved(jobs, rounds)
+    return {name: ratio(seconds, name, "plain") for name in jobs}
+
+
 def main() -> None:
     """Paint, print, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -135,13 +171,22 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=2, help="for each seed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="results/benchmarks/videos.json by default")
+    parser.add_argument("--forward", action="store_true", help="only time single forwards")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
         arguments.frames, arguments.steps, arguments.seeds, arguments.videos = 8, 4, [0], 1
     console = Console()
     console.print(machine())
+    out = arguments.out or RESULTS / "videos.json"
     wan = zoo.load("wan-shapes")
+    figures: dict[str, Any] = {
+        "forward over plain": forwards(wan, arguments.frames, 1 if arguments.quick else 7)
+    }
+    console.print(figures)
+    if arguments.forward:
+        write("videos", figures, out)
+        return
     methods = sparse_methods(wan, arguments.frames, arguments.steps, arguments.share)
     methods |= caches(arguments.steps) | {HALF: None}
     with warnings.catch_warnings():
@@ -157,8 +202,7 @@ def main() -> None:
         )
     console.print(trial.table())
     settings = {name: getattr(arguments, name) for name in ("frames", "steps", "share", "seeds")}
-    out = arguments.out or RESULTS / "videos.json"
-    write("videos", {"settings": settings, "figures": figures_of(trial)}, out)
+    write("videos", figures | {"settings": settings, "figures": figures_of(trial)}, out)
     console.print(f"wrote {out}")
 
 
